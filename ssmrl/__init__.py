@@ -1,0 +1,53 @@
+"""Fast adaptation of models that carry a hidden state: meta-learning and test-time adaptation on torch.func."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssmrl.adaptation import AdaptationConfig, Adapted, Adapter, adapt, mse_loss
+    from ssmrl.core import StateModel, StateSpaceModel
+    from ssmrl.env_runner import Environment
+    from ssmrl.meta_rl import MetaMAML, Task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdaptationConfig": "adaptation",
+    "Adapted": "adaptation",
+    "Adapter": "adaptation",
+    "Environment": "env_runner",
+    "MetaMAML": "meta_rl",
+    "StateModel": "core",
+    "StateSpaceModel": "core",
+    "Task": "meta_rl",
+    "adapt": "adaptation",
+    "mse_loss": "adaptation",
+}
+
+__all__ = [
+    "AdaptationConfig",
+    "Adapted",
+    "Adapter",
+    "Environment",
+    "MetaMAML",
+    "StateModel",
+    "StateSpaceModel",
+    "Task",
+    "adapt",
+    "mse_loss",
+]
+
+
+def __getattr__(name: str) -> object:
+    # On first use, so that `import ssmrl` does not pay for Gymnasium, which only env_runner needs.
+    if name in _HOME:
+        value = getattr(import_module(f"ssmrl.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ssmrl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,178 @@
+"""The contract of a model with an explicit state, and its checks.
+
+Letters: B sequences, T steps, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ssmrl.core.serialization import read_model_file, write_model_file
+
+__all__ = ["StateModel", "functional_forward"]
+
+Self = TypeVar("Self", bound="StateModel")
+
+
+class StateModel(nn.Module, ABC):
+    """A sequence model whose state is an argument and a result.
+
+    A state is a tensor or a NamedTuple of tensors with the batch on the leading axis, so that states are split
+    by task, stream or environment by indexing. Laws, which every subclass keeps (tests/core/test_base.py):
+
+    - a sequence equals its steps, for every split of T, with the same final state;
+    - a reset equals a fresh start, and rows of a batch do not influence each other;
+    - `vmap` over stacked parameters equals a loop over the models, to every order of derivative.
+
+    Subclasses are final. Nothing in `ssmrl` asks for this class: any `nn.Module` with `init_hidden` and
+    `forward(x, hidden_state) -> (output, next_state)`, or a stateless `forward(x) -> output`, works everywhere.
+    """
+
+    @abstractmethod
+    def init_hidden(self, batch_size: int = 1) -> Any:
+        """The state at the start of an episode, for `batch_size` rows."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, hidden_state: Any = None, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        """One step or one sequence.
+
+        Args:
+            x: (B, D) for one step, (B, T, D) for a sequence.
+            hidden_state: the state before the first step; None means `init_hidden(B)`.
+            reset: Bool (B,) or (B, T): where True, the state is forgotten before that input is consumed.
+
+        Returns:
+            The output, (B, O) or (B, T, O), and the state after the last step.
+
+        Raises:
+            ValueError: a shape, dtype or device that does not fit.
+        """
+
+    @property
+    @abstractmethod
+    def constructor_arguments(self) -> dict[str, Any]:
+        """The arguments that build this model again, `device` apart; values that JSON can hold."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and constructor arguments to `path`, in safetensors format, without pickle.
+
+        The file appears whole or not at all: it is written beside `path`, flushed to disk, and renamed.
+        """
+        write_model_file(path, type(self).__name__, self.constructor_arguments, self.state_dict())
+
+    @classmethod
+    def load(cls: type[Self], path: str | os.PathLike[str], device: torch.device | str | None = None) -> Self:
+        """Read a model that `save` wrote, onto `device` (None: the CPU), in the dtype it was saved with.
+
+        Raises:
+            FileNotFoundError: there is no file at `path`.
+            ValueError: the file is damaged, was not written by `save`, or holds another class.
+        """
+        arguments, tensors = read_model_file(path, cls.__name__)
+        try:
+            model = cls(**arguments, device="meta")  # draws no random numbers for weights that go
+            model.load_state_dict(tensors, assign=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{os.fspath(path)!r} does not fit this version of {cls.__name__}: {error}") from error
+        return model.to("cpu" if device is None else device)
+
+
+def functional_forward(
+    model: nn.Module, params: Mapping[str, Tensor], x: Tensor, hidden_state: Any = None
+) -> tuple[Tensor, Any]:
+    """`model(x, hidden_state)` with `params` in place of its own parameters and buffers, as a pure function.
+
+    Args:
+        model: a `StateModel`, or any module of its shape; one without a state is called as `model(x)`.
+        params: name -> tensor, as in `named_parameters()`; what is missing is taken from the model.
+        x: (B, D) or (B, T, D).
+        hidden_state: None means `model.init_hidden(B)`, evaluated with `params`, so that an initial state that
+            is a parameter is differentiated like every other; for a model without `init_hidden`, no state.
+
+    Returns:
+        The output and the next state, which is None for a model that returns only an output.
+    """
+    named = {f"model.{name}": value for name, value in params.items()}
+    output, next_state = functional_call(_ExplicitState(model), named, (x, hidden_state))
+    return output, next_state
+
+
+class _ExplicitState(nn.Module):
+    """Gives any module the signature `forward(x, hidden_state) -> (output, next_state)`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, hidden_state: Any) -> tuple[Tensor, Any]:
+        if hidden_state is None and hasattr(self.model, "init_hidden"):
+            init_hidden: Callable[[int], Any] = self.model.init_hidden  # type: ignore[assignment]
+            hidden_state = init_hidden(x.shape[0])
+        result = self.model(x) if hidden_state is None else self.model(x, hidden_state)
+        return result if isinstance(result, tuple) else (result, None)
+
+
+def check_input(x: Tensor, input_dim: int, weight: Tensor) -> None:
+    """Refuse an `x` that is not (B, D) or (B, T, D) with the model's width, dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor; got {type(x).__name__}.")
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"x must have shape (B, D) for a step or (B, T, D) for a sequence, with D = {input_dim}; "
+            f"got {tuple(x.shape)}."
+        )
+    if x.shape[-1] != input_dim:
+        raise ValueError(
+            f"x must have {input_dim} features on its last axis, as the model's input_dim; "
+            f"got {x.shape[-1]} in shape {tuple(x.shape)}."
+        )
+    check_dtype_and_device("x", x, weight)
+
+
+def check_state_tensor(name: str, state: Any, shape: tuple[int, ...], weight: Tensor) -> None:
+    """Refuse a state tensor that has not this shape and the model's dtype and device."""
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(state).__name__}.")
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} to match x; got {tuple(state.shape)}.")
+    check_dtype_and_device(name, state, weight)
+
+
+def check_reset(reset: Tensor, x: Tensor) -> None:
+    """Refuse a `reset` mask that is not Bool (B,) or (B, T), like x without its last axis."""
+    shape = tuple(x.shape[:-1])
+    if reset.dtype != torch.bool:
+        raise ValueError(f"reset must be of dtype torch.bool; got {reset.dtype}.")
+    if tuple(reset.shape) != shape:
+        axes = "(B,)" if len(shape) == 1 else "(B, T)"
+        raise ValueError(f"reset must have shape {axes} = {shape} to match x; got {tuple(reset.shape)}.")
+    if reset.device != x.device:
+        raise ValueError(f"reset must be on {x.device}, as x is; got {reset.device}.")
+
+
+def check_dtype_and_device(name: str, value: Tensor, weight: Tensor) -> None:
+    """Refuse a tensor that is not of the dtype and on the device of the model's weights."""
+    if value.dtype != weight.dtype:
+        raise ValueError(f"{name} must be of dtype {weight.dtype}, as the model's weights are; got {value.dtype}.")
+    if value.device != weight.device:
+        raise ValueError(f"{name} must be on {weight.device}, where the model is; got {value.device}.")
+
+
+def check_dimensions(**dimensions: int) -> None:
+    """Refuse a constructor's sizes that are not positive integers."""
+    for name, value in dimensions.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size that is not an integer >= 0."""
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 0:
+        raise ValueError(f"batch_size must be an integer >= 0; got {batch_size!r}.")

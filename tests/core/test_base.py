@@ -1,0 +1,283 @@
+"""The laws of the contract, one suite over every model, and the functional call."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
+
+from ssmrl.core import StateModel, StateSpaceModel, functional_forward
+
+D, O = 3, 2  # noqa: E741
+MODELS = {"StateSpaceModel": lambda: StateSpaceModel(state_dim=4, input_dim=D, output_dim=O, hidden_dim=5)}
+over_models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+
+sizes = st.fixed_dictionaries({"batch": st.integers(1, 4), "steps": st.integers(1, 7), "seed": st.integers(0, 999)})
+
+
+def draw(make, batch, steps, seed):
+    """A float64 model, a sequence (B, T, D), a random state and a random mask (B, T)."""
+    torch.manual_seed(seed)
+    model = make().double()
+    x = torch.randn(batch, steps, D, dtype=torch.float64)
+    _, state = model(torch.randn(batch, 3, D, dtype=torch.float64), model.init_hidden(batch))
+    return model, x, tree(torch.Tensor.detach, state), torch.rand(batch, steps) < 0.3
+
+
+def tree(function, *states):
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
+    return type(states[0])(*(tree(function, *leaves) for leaves in zip(*states, strict=True)))
+
+
+def close(ours, theirs, tolerance=1e-12):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@over_models
+@settings(max_examples=20, deadline=None)
+@given(size=sizes, data=st.data())
+def test_a_sequence_equals_its_steps_for_every_split(make, size, data):
+    model, x, state, reset = draw(make, **size)
+    split = data.draw(st.integers(0, size["steps"]))
+    whole, last = model(x, state, reset)
+    first_part, between = model(x[:, :split], state, reset[:, :split])
+    second_part, last_of_parts = model(x[:, split:], between, reset[:, split:])
+    close(torch.cat([first_part, second_part], 1), whole)
+    close(last_of_parts, last)
+    steps = []
+    for t in range(size["steps"]):
+        y, state = model(x[:, t], state, reset[:, t])
+        steps.append(y)
+    close(torch.stack(steps, 1), whole)
+    close(state, last)
+
+
+@over_models
+@settings(max_examples=20, deadline=None)
+@given(size=sizes, data=st.data())
+def test_a_reset_equals_a_fresh_start(make, size, data):
+    model, x, state, _ = draw(make, **size)
+    at = data.draw(st.integers(0, size["steps"] - 1))
+    row = data.draw(st.integers(0, size["batch"] - 1))
+    reset = torch.zeros(x.shape[:2], dtype=torch.bool)
+    reset[row, at] = True
+    y, last = model(x, state, reset)
+    fresh, fresh_last = model(x[row : row + 1, at:], None)
+    close(y[row : row + 1, at:], fresh)
+    close(tree(lambda s: s[row : row + 1], last), fresh_last)
+    untouched, _ = model(x, state)
+    others = torch.arange(size["batch"]) != row
+    close(y[others], untouched[others])
+    close(y[row, :at], untouched[row, :at])
+
+
+@over_models
+def test_a_reset_forgets_a_state_of_nan(make):
+    model, x, state, _ = draw(make, batch=2, steps=3, seed=0)
+    spoiled = tree(lambda s: torch.full_like(s, torch.nan), state)
+    reset = torch.tensor([[True, False, False]] * 2)
+    close(model(x, spoiled, reset)[0], model(x)[0])
+    close(model(x[:, 0], spoiled, reset[:, 0])[0], model(x[:, 0])[0])
+
+
+@over_models
+@settings(max_examples=20, deadline=None)
+@given(size=sizes, data=st.data())
+def test_rows_do_not_influence_each_other(make, size, data):
+    model, x, state, reset = draw(make, **size)
+    order = torch.tensor(data.draw(st.permutations(range(size["batch"]))))
+    y, last = model(x, state, reset)
+    permuted, permuted_last = model(x[order], tree(lambda s: s[order], state), reset[order])
+    close(permuted, y[order])
+    close(permuted_last, tree(lambda s: s[order], last))
+    spoiled = x.clone()
+    spoiled[0] = torch.nan
+    close(model(spoiled, state, reset)[0][1:], y[1:])
+
+
+@over_models
+@settings(max_examples=10, deadline=None)
+@given(size=sizes, masked=st.booleans())
+def test_vmap_over_stacked_parameters_equals_a_loop_over_models(make, size, masked):
+    model, x, state, reset = draw(make, **size)
+    models = [copy.deepcopy(model) for _ in range(3)]
+    with torch.no_grad():
+        for m in models:
+            for p in m.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    params, _ = stack_module_state(models)
+    mask = reset if masked else None
+
+    def loss(p):
+        y, _ = functional_call(model, p, (x, state, mask))
+        return y.square().sum()
+
+    second = lambda p: grad(lambda q: sum(g.square().sum() for g in grad(loss)(q).values()))(p)  # noqa: E731
+    for function in (grad(loss), second):
+        stacked = vmap(function)(params)
+        for i in range(3):
+            one = function({name: p[i] for name, p in params.items()})
+            close({name: p[i] for name, p in stacked.items()}, one, tolerance=1e-9)
+
+
+@over_models
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivatives_equal_finite_differences(make, masked):
+    model, x, state, reset = draw(make, batch=2, steps=3, seed=1)
+    names = [name for name, _ in model.named_parameters()]
+
+    def function(x, state, *values):
+        return functional_call(model, dict(zip(names, values, strict=True)), (x, state, reset if masked else None))
+
+    inputs = [v.detach().clone().requires_grad_() for v in (x, state, *model.parameters())]
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=False)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+@over_models
+def test_forward_mode_agrees_with_reverse_mode(make):
+    model, x, state, _ = draw(make, batch=2, steps=4, seed=2)
+    tangent, cotangent = torch.randn_like(x), torch.randn(2, 4, O, dtype=torch.float64)
+    function = lambda x: model(x, state)[0]  # noqa: E731
+    forward = jvp(function, (x,), (tangent,))[1]
+    pull_back = vjp(function, x)[1]
+    close((forward * cotangent).sum(), (pull_back(cotangent)[0] * tangent).sum())
+
+
+@over_models
+def test_an_empty_batch_and_no_steps_are_legal(make):
+    model = make()
+    y, state = model(torch.empty(0, 4, D))
+    assert y.shape == (0, 4, O)
+    assert model(torch.empty(0, D), state)[0].shape == (0, O)
+    start = model.init_hidden(2)
+    y, state = model(torch.empty(2, 0, D), start)
+    assert y.shape == (2, 0, O)
+    close(state, start)
+
+
+@over_models
+def test_float32_and_bfloat16_run_and_keep_their_dtype(make):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make().to(dtype)
+        x = torch.randn(2, 3, D, dtype=dtype)
+        y, _ = model(x)
+        assert y.dtype == dtype
+        assert model.init_hidden().dtype == dtype
+        y.sum().backward()
+        assert all(p.grad.dtype == dtype for p in model.parameters())
+
+
+@over_models
+def test_a_state_dict_makes_an_equal_model(make):
+    model, other = make(), make()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, D)
+    assert torch.equal(model(x)[0], other(x)[0])
+
+
+@over_models
+def test_bad_input_is_refused_in_one_sentence(make):
+    model = make()
+    x, state = torch.randn(4, 6, D), model.init_hidden(4)
+    with pytest.raises(TypeError, match="x must be a tensor; got list"):
+        model([1.0])
+    with pytest.raises(ValueError, match=r"x must have shape \(B, D\).*\(B, T, D\).*got \(3,\)"):
+        model(x[0, 0])
+    with pytest.raises(ValueError, match=r"x must have shape .* got \(1, 4, 6, 3\)"):
+        model(x[None])
+    with pytest.raises(ValueError, match=r"x must have 3 features on its last axis.*got 5 in shape \(4, 6, 5\)"):
+        model(torch.randn(4, 6, 5))
+    with pytest.raises(ValueError, match=r"x must be of dtype torch.float32.*got torch.float64"):
+        model(x.double())
+    with pytest.raises(ValueError, match=r"x must be on cpu, where the model is; got meta"):
+        model(x.to("meta"))
+    with pytest.raises(ValueError, match=r"hidden_state.* must have shape \(4, .*got \(3, "):
+        model(x, tree(lambda s: s[:3], state))
+    with pytest.raises(ValueError, match=r"hidden_state.* must be of dtype torch.float32.*got torch.float64"):
+        model(x, tree(torch.Tensor.double, state))
+    with pytest.raises(ValueError, match=r"reset must have shape \(B, T\) = \(4, 6\) to match x; got \(6, 4\)"):
+        model(x, state, torch.zeros(6, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"reset must have shape \(B,\) = \(4,\) to match x; got \(4, 1\)"):
+        model(x[:, 0], state, torch.zeros(4, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"reset must be of dtype torch.bool; got torch.float32"):
+        model(x, state, torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 0; got -1"):
+        model.init_hidden(-1)
+
+
+@over_models
+def test_save_and_load_keep_weights_dtype_and_arguments(make, tmp_path):
+    torch.manual_seed(0)
+    model = make().double()
+    model.save(tmp_path / "model.safetensors")
+    before = torch.get_rng_state()
+    loaded = type(model).load(tmp_path / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.constructor_arguments == model.constructor_arguments
+    assert all(p.requires_grad for p in loaded.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    assert torch.equal(loaded(x)[0], model(x)[0])
+
+
+class _Pair(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class _Foreign(nn.Module):
+    """Somebody's own module, with a NamedTuple as its state and a learned start."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.tensor([0.5]))
+        self.linear = nn.Linear(2, 1)
+
+    def init_hidden(self, batch_size=1):
+        return _Pair(self.start.expand(batch_size, 1), torch.zeros(batch_size, 1))
+
+    def forward(self, x, hidden_state):
+        a = torch.tanh(self.linear(torch.cat([x, hidden_state.a], -1)))
+        return a, _Pair(a, hidden_state.b + a)
+
+
+def test_functional_forward_replaces_parameters_and_leaves_the_model_alone():
+    model = StateSpaceModel(4, D, O, 5)
+    x, state = torch.randn(2, 6, D), torch.randn(2, 4)
+    doubled = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    y, last = functional_forward(model, doubled, x, state)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(doubled)
+    assert torch.equal(y, twin(x, state)[0])
+    assert torch.equal(last, twin(x, state)[1])
+    assert torch.equal(functional_forward(model, {}, x, state)[0], model(x, state)[0])
+
+
+def test_functional_forward_differentiates_a_learned_initial_state():
+    model = _Foreign()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    gradient = grad(lambda p: functional_forward(model, p, torch.ones(3, 1))[0].sum())(params)
+    assert gradient["start"].abs() > 0
+
+
+def test_functional_forward_calls_a_module_without_a_state():
+    model = nn.Linear(D, O)
+    x = torch.randn(2, D)
+    y, state = functional_forward(model, {}, x)
+    assert state is None
+    assert torch.equal(y, model(x))
+
+
+def test_state_model_is_an_interface():
+    with pytest.raises(TypeError, match="abstract"):
+        StateModel()  # type: ignore[abstract]
