@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import SyncVectorEnv
+
+from ssmrl.env_runner import Environment
+from ssmrl.env_runner.tasks import NOMINAL_PHYSICS, make_with_physics, sample_physics
+
+ENV_IDS = [*NOMINAL_PHYSICS]
+
+
+# Physics
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_the_nominal_values_are_gymnasiums(env_id):
+    simulator = gymnasium.make(env_id).unwrapped
+    for name, value in NOMINAL_PHYSICS[env_id].items():
+        assert getattr(simulator, name) == value
+
+
+@pytest.mark.parametrize("action", [0, 1])
+def test_a_cartpole_step_is_eulers_with_the_tasks_physics(action):
+    g, cart, pole, half = 7.0, 2.0, 0.3, 0.8
+    physics = {"gravity": g, "masscart": cart, "masspole": pole, "length": half}
+    env: Any = make_with_physics("CartPole-v1", physics)
+    env.reset(seed=0)
+    x, v, theta, w = 0.1, -0.2, 0.15, 0.4
+    env.unwrapped.state = np.array([x, v, theta, w])
+    observation, *_ = env.step(action)
+
+    # Pole and cart accelerate as in Florian (2007), "Correct equations for the dynamics of the
+    # cart-pole system", without friction.
+    force, total = (10.0 if action else -10.0), cart + pole
+    sine, cosine = math.sin(theta), math.cos(theta)
+    angular = (g * sine + cosine * (-force - pole * half * w**2 * sine) / total) / (
+        half * (4 / 3 - pole * cosine**2 / total)
+    )
+    linear = (force + pole * half * (w**2 * sine - angular * cosine)) / total
+    expected = [x + 0.02 * v, v + 0.02 * linear, theta + 0.02 * w, w + 0.02 * angular]
+    np.testing.assert_allclose(observation, expected, rtol=1e-6)
+
+
+def test_a_pendulum_step_is_semi_implicit_eulers_with_the_tasks_physics():
+    g, m, length = 6.0, 0.7, 1.6
+    env: Any = make_with_physics("Pendulum-v1", {"g": g, "m": m, "l": length})
+    env.reset(seed=0)
+    theta, w, u = 0.8, -1.1, 1.5
+    env.unwrapped.state = np.array([theta, w])
+    observation, *_ = env.step(np.array([u], np.float32))
+
+    # A rod about its end: inertia m l²/3, gravity at l/2; theta is 0 when it is upright.
+    inertia = m * length**2 / 3
+    w += 0.05 * (m * g * length / 2 * math.sin(theta) + u) / inertia
+    theta += 0.05 * w
+    np.testing.assert_allclose(observation, [math.cos(theta), math.sin(theta), w], rtol=1e-6)
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_every_parameter_changes_the_dynamics(env_id):
+    def successor(physics: dict[str, float]) -> Any:
+        env: Any = make_with_physics(env_id, physics)
+        env.reset(seed=0)
+        env.unwrapped.state = np.array([0.1, 0.2, 0.1, 0.3][: len(env.unwrapped.state)])
+        action = 1 if env_id == "CartPole-v1" else np.ones(1, np.float32)
+        return env.step(action)[0]
+
+    nominal = successor({})
+    for name, value in NOMINAL_PHYSICS[env_id].items():
+        assert not np.array_equal(successor({name: 1.5 * value}), nominal)
+        np.testing.assert_array_equal(successor({name: value}), nominal)
+
+
+def test_arguments_reach_gymnasium_make():
+    env = make_with_physics("Pendulum-v1", {}, max_episode_steps=3)
+    assert env.spec is not None
+    assert env.spec.max_episode_steps == 3
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_a_task_is_a_function_of_one_integer(env_id):
+    assert sample_physics(env_id, 5) == sample_physics(env_id, 5)
+    values = [value for seed in range(20) for value in sample_physics(env_id, seed).values()]
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_log_factors_are_uniform_and_independent(env_id):
+    nominal = np.array([*NOMINAL_PHYSICS[env_id].values()])
+    tasks = [[*sample_physics(env_id, seed, base=2.0, spread=3.0).values()] for seed in range(2000)]
+    exponents = np.log2(np.array(tasks) / nominal)
+    assert np.abs(exponents).max() <= 3.0
+    assert np.abs(exponents).max() > 2.99
+    np.testing.assert_allclose(exponents.mean(axis=0), 0, atol=4 * 3**0.5 / 2000**0.5)
+    np.testing.assert_allclose(exponents.var(axis=0), 3.0, rtol=0.1)
+    correlation = np.corrcoef(exponents.T) - np.eye(len(nominal))
+    np.testing.assert_allclose(correlation, 0, atol=4 / 2000**0.5)
+
+
+def test_by_default_factors_lie_within_the_square_of_one_and_a_half():
+    tasks = [[*sample_physics("Pendulum-v1", seed).values()] for seed in range(500)]
+    factors = np.array(tasks) / [10.0, 1.0, 1.0]
+    assert 1.5**-2 <= factors.min() < 0.46
+    assert 2.2 < factors.max() <= 1.5**2
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_no_spread_is_the_nominal_task(env_id):
+    assert sample_physics(env_id, 0, spread=0.0) == NOMINAL_PHYSICS[env_id]
+
+
+# A task per row
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_the_info_of_every_reset_holds_the_tasks(mode):
+    tasks = [sample_physics("Pendulum-v1", seed) for seed in (0, 1)]
+    makers = [partial(make_with_physics, "Pendulum-v1", task) for task in tasks]
+    environment = Environment(makers, seed=0, max_episode_steps=1, autoreset_mode=mode)
+    _, info = environment.reset()
+    action = np.zeros((2, 1), np.float32)
+    infos = [info, *(environment.step(action)[4] for _ in range(2))]
+    for held in (infos[0], infos[2 if mode == "NextStep" else 1]):
+        assert held["task"]["g"].tolist() == [task["g"] for task in tasks]
+        assert held["task"]["m"].tolist() == [task["m"] for task in tasks]
+
+
+def test_rows_take_the_physics_of_their_tasks():
+    makers = [partial(make_with_physics, "CartPole-v1", {"masscart": m}) for m in (1.0, 4.0)]
+    environment = Environment(makers)
+    environment.reset(seed=0)
+    assert isinstance(environment.unwrapped, SyncVectorEnv)
+    for row in environment.unwrapped.envs:
+        simulator: Any = row.unwrapped
+        simulator.state = np.zeros(4)
+    observation, *_ = environment.step([1, 1])
+    # From rest and upright, x'' = F / (M + m/4): 10 / 1.025 and 10 / 4.025.
+    np.testing.assert_allclose(observation[:, 1], [0.2 / 1.025, 0.2 / 4.025], rtol=1e-6)
+
+
+def test_a_task_does_not_follow_later_changes_of_its_dict():
+    physics = {"g": 3.0}
+    env = make_with_physics("Pendulum-v1", physics)
+    physics["g"] = 4.0
+    _, info = env.reset(seed=0)
+    info["task"]["m"] = 9.0
+    assert env.reset()[1]["task"] == {"g": 3.0, "m": 1.0, "l": 1.0}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("physics", "message"),
+    [
+        ({"mass": 1.0}, r"among \['g', 'm', 'l'\]; got 'mass'"),
+        ({"m": 0.0}, r"`physics\['m'\]` must be positive and finite; got 0\.0"),
+        ({"m": -1.0}, r"`physics\['m'\]` must be positive and finite; got -1\.0"),
+        ({"l": math.nan}, r"`physics\['l'\]` must be positive and finite; got nan"),
+        ({"g": math.inf}, r"`physics\['g'\]` must be positive and finite; got inf"),
+    ],
+)
+def test_bad_physics_are_refused(physics, message):
+    with pytest.raises(ValueError, match=message):
+        make_with_physics("Pendulum-v1", physics)
+
+
+def test_an_unsupported_environment_is_refused():
+    message = r"must be one of \['CartPole-v1', 'Pendulum-v1'\]; got 'Acrobot-v1'"
+    with pytest.raises(ValueError, match=message):
+        sample_physics("Acrobot-v1", 0)
+    with pytest.raises(ValueError, match=message):
+        make_with_physics("Acrobot-v1", {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "`seed` must be at least 0; got -1"),
+        ({"seed": 0.5}, TypeError, r"`seed` must be an integer; got 0\.5"),
+        ({"seed": 0, "base": 0.0}, ValueError, r"`base` must be positive and finite; got 0\.0"),
+        ({"seed": 0, "base": math.inf}, ValueError, "`base` must be positive and finite"),
+        ({"seed": 0, "spread": -1.0}, ValueError, r"`spread` must be at least 0 .* got -1\.0"),
+        ({"seed": 0, "spread": math.nan}, ValueError, "`spread` must be at least 0 .* got nan"),
+    ],
+)
+def test_bad_settings_of_the_distribution_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sample_physics("Pendulum-v1", **arguments)
