@@ -1,0 +1,274 @@
+"""MetaMAML: model-agnostic meta-learning through the inner loop, vmapped over tasks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torchopt import pytree
+from torchopt.base import GradientTransformation
+
+from ssmrl.adaptation.checks import check_finite, check_pair
+from ssmrl.adaptation.inner_loop import adapt
+from ssmrl.adaptation.losses import mse_loss
+from ssmrl.adaptation.optim import (
+    DEFAULT_LEARNING_RATE,
+    check_num_steps,
+    check_rate,
+    sgd_unless_given,
+)
+from ssmrl.adaptation.select import trainable_parameters
+from ssmrl.core.base import functional_forward
+from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
+
+__all__ = ["MetaMAML"]
+
+DEFAULT_OUTER_LR = 0.001
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class MetaMAML:
+    """Learns parameters θ from which a few gradient steps on a task's support set do well on its query set:
+
+        min_θ  1/N Σ_i L(query_i, θ_i),    θ_i = K steps of the inner optimizer on L(support_i, ·), from θ.
+
+    Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning", https://arxiv.org/abs/1703.03400, algorithm 2 without
+    the resampling of tasks, which the caller does. The meta-gradient is exact, through all K steps.
+
+    Args:
+        model: a `StateModel`, or any module of its shape, with or without a hidden state. Its parameters that
+            require a gradient are meta-learned and adapted; the others, and buffers, are constants.
+        inner_lr: rate of the default inner optimizer, `torchopt.sgd`.
+        outer_lr: rate of the default outer optimizer, `torch.optim.Adam`.
+        first_order: leave out the second derivatives (FOMAML, section 5.2 of the paper).
+        inner_steps: K.
+        inner_optimizer: any TorchOpt gradient transformation in place of SGD; its state is fresh for every task.
+        outer_optimizer: any `torch.optim` optimizer in place of Adam. What it holds beside the model's parameters
+            (an initial state that is passed in, parameters of the loss) is learned too.
+        max_grad_norm: clip the global norm of the meta-gradient to this; None: do not clip.
+
+    Raises:
+        TypeError, ValueError: a negative or non-finite rate, a negative number of steps, a rate beside an optimizer
+            that would not use it, an optimizer of another kind, or a model with nothing to learn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_lr: float = DEFAULT_LEARNING_RATE,
+        outer_lr: float = DEFAULT_OUTER_LR,
+        first_order: bool = False,
+        *,
+        inner_steps: int = 1,
+        inner_optimizer: GradientTransformation | None = None,
+        outer_optimizer: torch.optim.Optimizer | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        check_rate("outer_lr", outer_lr)
+        if max_grad_norm is not None:
+            check_rate("max_grad_norm", max_grad_norm)
+        self.model = model
+        self.first_order = first_order
+        self.inner_steps = check_num_steps("inner_steps", inner_steps)
+        self.inner_optimizer = sgd_unless_given(inner_optimizer, inner_lr, name="inner_optimizer", rate_name="inner_lr")
+        if outer_optimizer is None:
+            outer_optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=outer_lr)
+        elif not isinstance(outer_optimizer, torch.optim.Optimizer):
+            raise TypeError(f"outer_optimizer must be a torch.optim.Optimizer; got {type(outer_optimizer).__name__}.")
+        elif outer_lr != DEFAULT_OUTER_LR:
+            raise ValueError(
+                f"outer_lr = {outer_lr} would be ignored: outer_optimizer has a rate of its own; give one of the two."
+            )
+        self.outer_optimizer = outer_optimizer
+        self.max_grad_norm = max_grad_norm
+
+    def meta_update(self, tasks: Tasks, initial_hidden_state: Any = None, loss_fn: Loss = mse_loss) -> float:
+        """Adapt to every task on its support set, and make one outer step on the mean query loss.
+
+        Args:
+            tasks: a sequence of `(support_x, support_y, query_x, query_y)`, each x (B, D) or (B, T, D), each y with
+                the leading axes of its x; or one such tuple with a task axis N before every other. Shapes may
+                differ between tasks: equal ones are stacked and vmapped together.
+            initial_hidden_state: the state before every support and query sequence, a pytree with the batch on
+                the leading axis of every leaf. With a batch of 1 or of the tasks' batch size all tasks share it;
+                with the sum of the tasks' batch sizes it is split among them in order. None means `init_hidden`.
+                Tensors that carry a graph are detached; leaves that require a gradient get theirs.
+            loss_fn: (output, y) -> scalar, a mean over the batch.
+
+        Returns:
+            The mean query loss after adaptation, before the outer step.
+
+        Raises:
+            TypeError, ValueError: tasks or states that do not fit, or data that are not finite.
+            FloatingPointError: the meta-loss or the meta-gradient is not finite; it names the tasks or parameters.
+            After an error the model and the outer optimizer are as before.
+        """
+        params = trainable_parameters(self.model)
+        groups = group_tasks(tasks, _as_leaves(initial_hidden_state), _first(params))
+        num_tasks = sum(len(group.indices) for group in groups)
+        self.outer_optimizer.zero_grad()
+        losses = torch.empty(num_tasks)
+        for group in groups:  # a backward pass each, so that only one group's graph is in memory
+            group_losses = self._query_losses(dict(params), group, loss_fn, self.inner_steps, self.first_order)
+            (group_losses.sum() / num_tasks).backward()
+            losses[group.indices] = group_losses.detach().to("cpu", losses.dtype)
+        try:
+            _check_losses(losses)
+            self._check_and_clip_gradient()
+            self.outer_optimizer.step()
+        finally:
+            self.outer_optimizer.zero_grad()
+        return float(losses.mean())
+
+    def evaluate(
+        self,
+        tasks: Tasks,
+        initial_hidden_state: Any = None,
+        loss_fn: Loss = mse_loss,
+        *,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Query loss of every task after adaptation to its support set, (N,); the model does not change.
+
+        Args:
+            tasks, initial_hidden_state, loss_fn: as for `meta_update`.
+            num_steps: inner steps in place of `inner_steps`; with 0, the loss before adaptation.
+        """
+        params = {name: p.detach() for name, p in trainable_parameters(self.model).items()}
+        groups = group_tasks(tasks, _detached(initial_hidden_state), _first(params))
+        steps = self._num_steps(num_steps)
+        losses = torch.empty(sum(len(group.indices) for group in groups), dtype=_first(params).dtype).to(
+            _first(params).device
+        )
+        for group in groups:
+            losses[group.indices] = self._query_losses(params, group, loss_fn, steps, True).detach()
+        return losses
+
+    def adapt_task(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        initial_hidden_state: Any = None,
+        loss_fn: Loss = mse_loss,
+        num_steps: int | None = None,
+    ) -> OrderedDict[str, Tensor]:
+        """Fast weights: the parameters after `num_steps` (None: `inner_steps`) inner steps on one support set.
+
+        Args:
+            support_x: (B, D) or (B, T, D).
+            support_y: the same leading axes.
+            initial_hidden_state: of batch B or 1; None means `init_hidden`.
+            loss_fn: (output, y) -> scalar.
+
+        Returns:
+            Name -> tensor for all parameters of the model, adapted or not, without a graph and sharing no memory
+            with the model, which does not change; for `functional_forward`.
+        """
+        weights = self.get_fast_weights()
+        names = trainable_parameters(self.model)
+        like = _first(weights)
+        check_pair("support_x", support_x, "support_y", support_y, like)
+        check_finite("support_x", support_x)
+        check_finite("support_y", support_y)
+        task = Task(support_x[None], support_y[None], support_x[None], support_y[None])
+        (group,) = group_tasks(task, _detached(initial_hidden_state), like)
+        adapted = adapt(
+            lambda params: self._loss({**weights, **params}, support_x, support_y, group.initial_state, loss_fn),
+            {name: weights[name] for name in names},
+            optimizer=self.inner_optimizer,
+            num_steps=self._num_steps(num_steps),
+        )
+        weights.update(adapted.params)
+        return weights
+
+    def functional_forward(
+        self, x: Tensor, hidden_state: Any, params: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Any]:
+        """The model's output and next state (None for a model without one) with `params` as its weights.
+
+        Args:
+            x: (B, D) or (B, T, D).
+            hidden_state: None means `init_hidden`.
+            params: name -> tensor, such as fast weights; None: the model's own.
+        """
+        return functional_forward(self.model, {} if params is None else params, x, hidden_state)
+
+    def get_fast_weights(self) -> OrderedDict[str, Tensor]:
+        """Fast weights before any step: a copy of all parameters, without a graph."""
+        return OrderedDict((name, p.detach().clone()) for name, p in self.model.named_parameters())
+
+    def _query_losses(
+        self,
+        params: dict[str, Tensor],
+        group: TaskGroup,
+        loss_fn: Loss,
+        num_steps: int,
+        first_order: bool,
+    ) -> Tensor:
+        """(N,) query losses after adaptation: a pure function of params and the group's data and states."""
+
+        def task_loss(params: dict[str, Tensor], task: Task, initial_state: Any) -> Tensor:
+            adapted = adapt(
+                lambda p: self._loss(p, task.support_x, task.support_y, initial_state, loss_fn),
+                params,
+                optimizer=self.inner_optimizer,
+                num_steps=num_steps,
+                first_order=first_order,
+            )
+            return self._loss(adapted.params, task.query_x, task.query_y, initial_state, loss_fn)
+
+        over_tasks = vmap(task_loss, in_dims=(None, 0, group.state_axis))
+        losses: Tensor = over_tasks(params, group.tasks, group.initial_state)
+        return losses
+
+    def _loss(self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, initial_state: Any, loss_fn: Loss) -> Tensor:
+        # Copies, so that a module that counts its calls in a buffer leaves the model untouched.
+        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        state = expand_state(initial_state, x.shape[0])
+        output, _ = functional_forward(self.model, {**buffers, **params}, x, state)
+        return loss_fn(output, y)
+
+    def _num_steps(self, num_steps: int | None) -> int:
+        return self.inner_steps if num_steps is None else check_num_steps("num_steps", num_steps)
+
+    def _check_and_clip_gradient(self) -> None:
+        learned = [p for group in self.outer_optimizer.param_groups for p in group["params"]]
+        limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(learned, limit)
+        if not torch.isfinite(norm):
+            names = [
+                name
+                for name, p in self.model.named_parameters()
+                if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
+            raise FloatingPointError(
+                f"The meta-gradient is not finite (norm {float(norm)}) in {names or 'its norm'}; the model is "
+                f"untouched. Where a gradient is exactly 0, adam and adamw need eps_root > 0; else lower the rates."
+            )
+
+
+def _check_losses(losses: Tensor) -> None:
+    bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"The query loss after adaptation is not finite for tasks {bad}: {losses[bad].tolist()}; the model is "
+            f"untouched. Lower the inner rate."
+        )
+
+
+def _first(params: Mapping[str, Tensor]) -> Tensor:
+    return next(iter(params.values()))
+
+
+def _as_leaves(state: Any) -> Any:
+    """Without the graph that a state may carry; a leaf, which may be learned, stays as it is."""
+    return pytree.tree_map(lambda s: s if s.is_leaf else s.detach(), state)
+
+
+def _detached(state: Any) -> Any:
+    return pytree.tree_map(Tensor.detach, state)
