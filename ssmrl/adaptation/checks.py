@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchopt import pytree
 
-__all__ = ["check_finite", "check_pair"]
+__all__ = ["check_finite", "check_pair", "check_state"]
 
 
 def check_pair(x_name: str, x: Any, y_name: str, y: Any, like: Tensor, *, stacked: bool = False) -> None:
@@ -24,12 +25,13 @@ def check_pair(x_name: str, x: Any, y_name: str, y: Any, like: Tensor, *, stacke
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
         if value.is_floating_point() and value.dtype != like.dtype:
             raise ValueError(f"{name} must be of dtype {like.dtype}, as the model's weights are; got {value.dtype}.")
-        if value.device != like.device:
-            raise ValueError(f"{name} must be on {like.device}, where the model is; got {value.device}.")
+        _check_device(name, value, like)
     axes, ranks = ("N, B, D) or (N, B, T, D", (3, 4)) if stacked else ("B, D) or (B, T, D", (2, 3))
     if x.dim() not in ranks:
         raise ValueError(f"{x_name} must have shape ({axes}); got {tuple(x.shape)}.")
     leading = tuple(x.shape[:-1])
+    if 0 in leading[stacked:]:
+        raise ValueError(f"{x_name} must hold at least one sequence and one step; got shape {tuple(x.shape)}.")
     if tuple(y.shape[: len(leading)]) != leading:
         raise ValueError(
             f"{y_name} must begin with the axes {leading} of {x_name} (same batch and same steps); "
@@ -42,3 +44,16 @@ def check_finite(name: str, value: Tensor) -> None:
     if value.is_floating_point() and not torch.isfinite(value).all():
         where = tuple(torch.nonzero(~torch.isfinite(value))[0].tolist())
         raise ValueError(f"{name} must be finite; got {value[where].item()} at index {where}. The model is untouched.")
+
+
+def check_state(name: str, state: Any, like: Tensor) -> None:
+    """Refuse a hidden state, a pytree, with a tensor that is not finite or not on the device of the weight `like`."""
+    for leaf in pytree.tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            _check_device(name, leaf, like)
+            check_finite(name, leaf)
+
+
+def _check_device(name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, where the model is; got {value.device}.")

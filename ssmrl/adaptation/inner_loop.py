@@ -54,7 +54,8 @@ def adapt(
         num_steps: K >= 0; with 0 the parameters come back as they are.
         optimizer_state: a state to carry on from; None starts afresh.
         first_order: cut the graph at every gradient, as first-order MAML does (Finn et al. 2017, section 5.2,
-            https://arxiv.org/abs/1703.03400): d θ_K / d θ_0 is then the identity, if the optimizer is linear.
+            https://arxiv.org/abs/1703.03400): d θ_K / d θ_0 is then the identity, unless the optimizer itself
+            reads the parameters, as weight decay does.
 
     Raises:
         TypeError: the optimizer is not a gradient transformation, or num_steps not an integer.
@@ -63,16 +64,23 @@ def adapt(
     check_optimizer("optimizer", optimizer)
     num_steps = check_num_steps("num_steps", num_steps)
     losses = []
-    for _ in range(num_steps):
+    for step in range(num_steps):
         gradient, loss = grad_and_value(loss_fn)(params)
         if first_order:
             gradient = pytree.tree_map(Tensor.detach, gradient)
-        if optimizer_state is None:
+        if step == 0:
             # From the gradient, not from params: under vmap it has the batch axis that TorchOpt's moments need.
-            optimizer_state = optimizer.init(gradient)
+            fresh = optimizer.init(gradient)
+            optimizer_state = fresh if optimizer_state is None else pytree.tree_map(_batch_like, optimizer_state, fresh)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params=params, inplace=False)
         params = torchopt.apply_updates(params, updates, inplace=False)
         losses.append(loss)
     if optimizer_state is None:
         optimizer_state = optimizer.init(params)
-    return Adapted(params, optimizer_state, torch.stack(losses) if losses else torch.empty(0))
+    leaves: list[Tensor] = pytree.tree_leaves(params)  # type: ignore[arg-type]
+    return Adapted(params, optimizer_state, torch.stack(losses) if losses else leaves[0].new_empty(0))
+
+
+def _batch_like(carried: Any, fresh: Any) -> Any:
+    """A carried moment or count, with the batch axes that `vmap` hides in a fresh one."""
+    return carried + torch.zeros_like(fresh) if isinstance(carried, Tensor) else carried

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from numbers import Real
 from typing import Any
 
 import torchopt
 from torchopt.base import GradientTransformation
 
-__all__ = ["sgd_unless_given"]
+__all__ = ["check_num_steps", "check_optimizer", "check_rate", "sgd_unless_given"]
 
 DEFAULT_LEARNING_RATE = 0.01
 
@@ -45,7 +46,7 @@ def check_optimizer(name: str, optimizer: Any) -> None:
 
 def check_rate(name: str, rate: Any) -> None:
     """Refuse a learning rate that is not a finite number >= 0."""
-    if not isinstance(rate, (int, float)) or isinstance(rate, bool):
+    if isinstance(rate, bool) or not isinstance(rate, Real):
         raise TypeError(f"{name} must be a number >= 0; got {rate!r}.")
     if not math.isfinite(rate) or rate < 0:
         raise ValueError(f"{name} must be finite and >= 0; got {rate}.")
@@ -53,10 +54,9 @@ def check_rate(name: str, rate: Any) -> None:
 
 def check_num_steps(name: str, num_steps: Any) -> int:
     """Refuse a number of steps that is not an integer >= 0."""
-    try:
-        steps = operator.index(num_steps)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer >= 0; got {num_steps!r}.") from None
+    if isinstance(num_steps, bool) or not hasattr(num_steps, "__index__"):
+        raise TypeError(f"{name} must be an integer >= 0; got {num_steps!r}.")
+    steps = operator.index(num_steps)
     if steps < 0:
         raise ValueError(f"{name} must be >= 0; got {steps}.")
     return steps

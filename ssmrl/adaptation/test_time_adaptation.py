@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torchopt import pytree
 from torchopt.base import GradientTransformation
 
-from ssmrl.adaptation.checks import check_finite, check_pair
+from ssmrl.adaptation.checks import check_finite, check_pair, check_state
 from ssmrl.adaptation.inner_loop import adapt
 from ssmrl.adaptation.losses import mse_loss
 from ssmrl.adaptation.optim import DEFAULT_LEARNING_RATE, check_num_steps, sgd_unless_given
 from ssmrl.adaptation.select import trainable_parameters
+from ssmrl.core.base import functional_forward
 
 __all__ = ["AdaptationConfig", "Adapter"]
 
@@ -86,6 +85,7 @@ class Adapter:
                 f"move it, or pass device={str(self._like.device)!r}."
             )
 
+    @torch.no_grad()  # the gradients are torch.func's; data, state and what loss_fn closes over leave no graph
     def update_step(self, x: Tensor, y: Tensor, hidden_state: Any) -> tuple[float, int]:
         """Adapt the model to one batch of transitions.
 
@@ -93,29 +93,26 @@ class Adapter:
             x: (B, D) one step, or (B, T, D) a window.
             y: the targets, with the leading axes of `x`.
             hidden_state: the state before `x`. It is detached, never advanced between the gradient steps and
-                never changed; None calls the model without a state.
+                never changed; None means the model's `init_hidden`, or no state for a model without one.
 
         Returns:
             The loss *before* the first gradient step, and the number of steps taken.
 
         Raises:
-            TypeError, ValueError: data of a wrong shape, dtype or device, or not finite.
-            FloatingPointError: the steps led to a non-finite weight (a rate that is too high).
+            TypeError, ValueError: data of a wrong shape, dtype or device, or not finite, or an empty batch.
+            FloatingPointError: the steps led to a non-finite loss or weight (a rate that is too high).
             After an error model and optimizer state are as before.
         """
         check_pair("x", x, "y", y, self._like)
         check_finite("x", x)
         check_finite("y", y)
-        x, y = x.detach(), y.detach()
-        hidden_state = pytree.tree_map(Tensor.detach, hidden_state)
-        inputs = (x,) if hidden_state is None else (x, hidden_state)
-        constants = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        check_state("hidden_state", hidden_state, self._like)
 
         def loss(params: dict[str, Tensor]) -> Tensor:
-            output = functional_call(self.model, {**constants, **params}, inputs)
-            return self.loss_fn(output[0] if isinstance(output, tuple) else output, y)
+            output, _ = functional_forward(self.model, params, x, hidden_state)
+            return self.loss_fn(output, y)
 
-        before = {name: p.detach() for name, p in self._params.items()}
+        before: dict[str, Tensor] = dict(self._params)
         adapted = adapt(
             loss,
             before,
@@ -123,7 +120,7 @@ class Adapter:
             num_steps=self.config.num_steps,
             optimizer_state=self._optimizer_state,
         )
-        for name, value in adapted.params.items():
+        for name, value in (("loss", adapted.losses), *adapted.params.items()):
             if not torch.isfinite(value).all():
                 raise FloatingPointError(
                     f"Adaptation made {name!r} non-finite; the model is untouched. Lower the learning rate."
@@ -131,7 +128,7 @@ class Adapter:
         self._write(adapted.params)
         self._optimizer_state = adapted.optimizer_state
         first = adapted.losses[0] if self.config.num_steps else loss(before)
-        return float(first), self.config.num_steps
+        return float(first), len(adapted.losses)
 
     def reset(self) -> None:
         """Bring back the weights that the adapter was made with, bit for bit, and a fresh optimizer state."""

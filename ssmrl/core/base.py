@@ -91,15 +91,24 @@ def functional_forward(
 
     Args:
         model: a `StateModel`, or any module of its shape; one without a state is called as `model(x)`.
-        params: name -> tensor, as in `named_parameters()`; what is missing is taken from the model.
+        params: name -> tensor, as in `named_parameters()` and `named_buffers()`; what is missing is taken from the
+            model. A buffer that `forward` writes to is written in a copy: the model stays as it is.
         x: (B, D) or (B, T, D).
         hidden_state: None means `model.init_hidden(B)`, evaluated with `params`, so that an initial state that
             is a parameter is differentiated like every other; for a model without `init_hidden`, no state.
 
     Returns:
         The output and the next state, which is None for a model that returns only an output.
+
+    Raises:
+        ValueError: the model has no parameter or buffer of a name in `params`.
     """
-    named = {f"model.{name}": value for name, value in params.items()}
+    values = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    unknown = params.keys() - values.keys() - {name for name, _ in model.named_parameters()}
+    if unknown:
+        raise ValueError(f"params must hold names of the model's parameters; got {sorted(unknown)}.")
+    values.update(params)
+    named = {f"model.{name}": value for name, value in values.items()}
     output, next_state = functional_call(_ExplicitState(model), named, (x, hidden_state))
     return output, next_state
 

@@ -48,8 +48,8 @@ class MetaMAML:
         first_order: leave out the second derivatives (FOMAML, section 5.2 of the paper).
         inner_steps: K.
         inner_optimizer: any TorchOpt gradient transformation in place of SGD; its state is fresh for every task.
-        outer_optimizer: any `torch.optim` optimizer in place of Adam. What it holds beside the model's parameters
-            (an initial state that is passed in, parameters of the loss) is learned too.
+        outer_optimizer: any `torch.optim` optimizer whose step needs no closure, in place of Adam. What it holds
+            beside the model's parameters (an initial state that is passed in, parameters of the loss) is learned too.
         max_grad_norm: clip the global norm of the meta-gradient to this; None: do not clip.
 
     Raises:
@@ -72,21 +72,28 @@ class MetaMAML:
         check_rate("outer_lr", outer_lr)
         if max_grad_norm is not None:
             check_rate("max_grad_norm", max_grad_norm)
+        params = trainable_parameters(model)
         self.model = model
         self.first_order = first_order
         self.inner_steps = check_num_steps("inner_steps", inner_steps)
         self.inner_optimizer = sgd_unless_given(inner_optimizer, inner_lr, name="inner_optimizer", rate_name="inner_lr")
         if outer_optimizer is None:
-            outer_optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=outer_lr)
+            outer_optimizer = torch.optim.Adam(params.values(), lr=outer_lr)
         elif not isinstance(outer_optimizer, torch.optim.Optimizer):
             raise TypeError(f"outer_optimizer must be a torch.optim.Optimizer; got {type(outer_optimizer).__name__}.")
         elif outer_lr != DEFAULT_OUTER_LR:
             raise ValueError(
                 f"outer_lr = {outer_lr} would be ignored: outer_optimizer has a rate of its own; give one of the two."
             )
+        learned = {id(p) for group in outer_optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in learned for p in params.values()):
+            raise ValueError(
+                "outer_optimizer must hold parameters of the model that require a gradient; it holds none."
+            )
         self.outer_optimizer = outer_optimizer
         self.max_grad_norm = max_grad_norm
 
+    @torch.enable_grad()
     def meta_update(self, tasks: Tasks, initial_hidden_state: Any = None, loss_fn: Loss = mse_loss) -> float:
         """Adapt to every task on its support set, and make one outer step on the mean query loss.
 
@@ -111,20 +118,21 @@ class MetaMAML:
         params = trainable_parameters(self.model)
         groups = group_tasks(tasks, _as_leaves(initial_hidden_state), _first(params))
         num_tasks = sum(len(group.indices) for group in groups)
-        self.outer_optimizer.zero_grad()
-        losses = torch.empty(num_tasks)
-        for group in groups:  # a backward pass each, so that only one group's graph is in memory
-            group_losses = self._query_losses(dict(params), group, loss_fn, self.inner_steps, self.first_order)
-            (group_losses.sum() / num_tasks).backward()
-            losses[group.indices] = group_losses.detach().to("cpu", losses.dtype)
+        losses = torch.empty(num_tasks, dtype=_first(params).dtype)
+        self._zero_grad()
         try:
+            for group in groups:  # a backward pass each, so that only one group's graph is in memory
+                group_losses = self._query_losses(dict(params), group, loss_fn, self.inner_steps, self.first_order)
+                (group_losses.sum() / num_tasks).backward()
+                losses[group.indices] = group_losses.detach().to(losses)
             _check_losses(losses)
             self._check_and_clip_gradient()
             self.outer_optimizer.step()
         finally:
-            self.outer_optimizer.zero_grad()
+            self._zero_grad()
         return float(losses.mean())
 
+    @torch.no_grad()
     def evaluate(
         self,
         tasks: Tasks,
@@ -139,16 +147,15 @@ class MetaMAML:
             tasks, initial_hidden_state, loss_fn: as for `meta_update`.
             num_steps: inner steps in place of `inner_steps`; with 0, the loss before adaptation.
         """
-        params = {name: p.detach() for name, p in trainable_parameters(self.model).items()}
-        groups = group_tasks(tasks, _detached(initial_hidden_state), _first(params))
+        params = trainable_parameters(self.model)
+        groups = group_tasks(tasks, initial_hidden_state, _first(params))
         steps = self._num_steps(num_steps)
-        losses = torch.empty(sum(len(group.indices) for group in groups), dtype=_first(params).dtype).to(
-            _first(params).device
-        )
+        losses = _first(params).new_empty(sum(len(group.indices) for group in groups))
         for group in groups:
-            losses[group.indices] = self._query_losses(params, group, loss_fn, steps, True).detach()
+            losses[group.indices] = self._query_losses(dict(params), group, loss_fn, steps, True).to(losses)
         return losses
 
+    @torch.no_grad()
     def adapt_task(
         self,
         support_x: Tensor,
@@ -176,7 +183,7 @@ class MetaMAML:
         check_finite("support_x", support_x)
         check_finite("support_y", support_y)
         task = Task(support_x[None], support_y[None], support_x[None], support_y[None])
-        (group,) = group_tasks(task, _detached(initial_hidden_state), like)
+        (group,) = group_tasks(task, initial_hidden_state, like)
         adapted = adapt(
             lambda params: self._loss({**weights, **params}, support_x, support_y, group.initial_state, loss_fn),
             {name: weights[name] for name in names},
@@ -227,19 +234,21 @@ class MetaMAML:
         return losses
 
     def _loss(self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, initial_state: Any, loss_fn: Loss) -> Tensor:
-        # Copies, so that a module that counts its calls in a buffer leaves the model untouched.
-        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
         state = expand_state(initial_state, x.shape[0])
-        output, _ = functional_forward(self.model, {**buffers, **params}, x, state)
+        output, _ = functional_forward(self.model, params, x, state)
         return loss_fn(output, y)
 
     def _num_steps(self, num_steps: int | None) -> int:
         return self.inner_steps if num_steps is None else check_num_steps("num_steps", num_steps)
 
+    def _zero_grad(self) -> None:
+        # Both: the optimizer may hold a part of the model, and more than the model.
+        self.model.zero_grad()
+        self.outer_optimizer.zero_grad()
+
     def _check_and_clip_gradient(self) -> None:
         learned = [p for group in self.outer_optimizer.param_groups for p in group["params"]]
-        limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(learned, limit)
+        norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         if not torch.isfinite(norm):
             names = [
                 name
@@ -250,6 +259,8 @@ class MetaMAML:
                 f"The meta-gradient is not finite (norm {float(norm)}) in {names or 'its norm'}; the model is "
                 f"untouched. Where a gradient is exactly 0, adam and adamw need eps_root > 0; else lower the rates."
             )
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(learned, self.max_grad_norm, norm)
 
 
 def _check_losses(losses: Tensor) -> None:
@@ -267,8 +278,4 @@ def _first(params: Mapping[str, Tensor]) -> Tensor:
 
 def _as_leaves(state: Any) -> Any:
     """Without the graph that a state may carry; a leaf, which may be learned, stays as it is."""
-    return pytree.tree_map(lambda s: s if s.is_leaf else s.detach(), state)
-
-
-def _detached(state: Any) -> Any:
-    return pytree.tree_map(Tensor.detach, state)
+    return pytree.tree_map(lambda s: s.detach() if isinstance(s, Tensor) and not s.is_leaf else s, state)

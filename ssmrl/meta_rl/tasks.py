@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchopt import pytree
 
-from ssmrl.adaptation.checks import check_finite, check_pair
+from ssmrl.adaptation.checks import check_finite, check_pair, check_state
 
 __all__ = ["Task"]
 
@@ -78,6 +78,7 @@ def group_tasks(tasks: Tasks, initial_hidden_state: Any, like: Tensor) -> list[T
         ]
     if initial_hidden_state is None:
         return [TaskGroup(indices, stack, None, None) for indices, stack in groups]
+    check_state("initial_hidden_state", initial_hidden_state, like)
     state = _Initial(initial_hidden_state, batch_sizes)
     return [TaskGroup(indices, stack, *state.of(indices)) for indices, stack in groups]
 
@@ -100,7 +101,7 @@ class _Initial:
                 f"initial_hidden_state must have on the leading axis of every tensor a batch of 1 or of the "
                 f"tasks' batch size, one of {sorted(every)} that all tasks share, or the sum "
                 f"{sum(self.sizes)} of the tasks' batch sizes, to be split among tasks whose support and query "
-                f"sets have the same one; got {batch if batch is not None else 'tensors that disagree'}."
+                f"sets have the same one; got {batch if batch is not None else 'leaves that disagree, or no tensors'}."
             )
 
     def of(self, indices: list[int]) -> tuple[Any, int | None]:

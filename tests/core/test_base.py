@@ -263,6 +263,19 @@ def test_functional_forward_replaces_parameters_and_leaves_the_model_alone():
     assert torch.equal(functional_forward(model, {}, x, state)[0], model(x, state)[0])
 
 
+def test_functional_forward_refuses_names_that_the_model_has_not():
+    with pytest.raises(ValueError, match=r"names of the model's parameters; got \['wight'\]"):
+        functional_forward(nn.Linear(D, O), {"wight": torch.zeros(O, D)}, torch.zeros(1, D))
+
+
+def test_functional_forward_leaves_buffers_as_they_are():
+    model = nn.BatchNorm1d(D)
+    before = copy.deepcopy(model.state_dict())
+    y, _ = functional_forward(model, {"running_mean": torch.ones(D)}, torch.randn(4, D))
+    assert y.mean(0).abs().max() < 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_functional_forward_differentiates_a_learned_initial_state():
     model = _Foreign()
     params = {name: p.detach() for name, p in model.named_parameters()}
