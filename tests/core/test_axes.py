@@ -1,0 +1,51 @@
+"""Folding a vmapped axis away and back again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssmrl.core.axes import Fold, matmul, sum_of_outer_products, time_major
+
+N, G, T, B, S, H = 2, 3, 4, 5, 6, 7
+
+
+@pytest.mark.parametrize("groups", [(), (G,)])
+@pytest.mark.parametrize("weight_dim", [None, 0, 1])
+@pytest.mark.parametrize("dim", [None, 0, 2])
+def test_a_product_of_folded_operands_is_the_product_of_every_slice(groups, weight_dim, dim):
+    weights = torch.randn(*groups, S, H) if weight_dim is None else torch.randn(N, *groups, S, H).movedim(0, weight_dim)
+    sequences = torch.randn(*groups, T, B, S) if dim is None else torch.randn(N, *groups, T, B, S).movedim(0, dim)
+    fold = Fold(N, (weights,), (weight_dim,))
+    product = matmul(fold.sequence(sequences, dim), fold.weight(weights, weight_dim))
+    unfolded, out_dim = fold.unfold(product)
+    for i in range(N):
+        sequence = sequences if dim is None else sequences.select(dim, i)
+        weight = weights if weight_dim is None else weights.select(weight_dim, i)
+        expected = sequence @ weight.unsqueeze(-3)
+        torch.testing.assert_close(unfolded.select(out_dim, i), expected)
+
+
+def test_shared_weights_stay_one_product_and_batched_ones_become_groups():
+    sequence, weight = torch.randn(N, T, B, S), torch.randn(S, H)
+    shared = Fold(N, (weight,), (None,))
+    assert shared.weight(weight, None) is weight
+    assert shared.sequence(sequence, 0).shape == (T, N * B, S)
+    own = Fold(N, (weight.expand(N, S, H),), (0,))
+    assert own.sequence(sequence, 0).shape == (N, T, B, S)
+
+
+def test_outer_products_are_summed_over_steps_and_batch():
+    left, right = torch.randn(G, T, B, S), torch.randn(G, T, B, H)
+    torch.testing.assert_close(
+        sum_of_outer_products(left, right), torch.einsum("gtbs,gtbh->gsh", left, right), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_time_major_is_a_contiguous_copy():
+    sequence = torch.randn(T, B, S)
+    copy = time_major(sequence)
+    assert torch.equal(copy, sequence)
+    assert copy.data_ptr() != sequence.data_ptr()
+    assert time_major(torch.randn(G, T, B, S)).shape == (T, G, B, S)
+    assert time_major(torch.randn(G, T, B, S)).is_contiguous()
