@@ -357,7 +357,7 @@ def main(arguments: Arguments) -> dict:
         "rate_too_high": {
             "rate": too_high,
             "diverged_tasks": int((~of_too_high.isfinite()).any(1).sum()),
-            "median_by_step": of_too_high.median(0).values.tolist(),
+            "median_by_step": [m if math.isfinite(m) else None for m in of_too_high.median(0).values.tolist()],
         },
         "seconds": {
             "data": collected - started,
@@ -409,7 +409,7 @@ def main(arguments: Arguments) -> dict:
     }
     title = f"{arguments.env} under unknown physics: meta-learned to adapt in {k} gradient steps"
     plot(stem.with_suffix(".png"), title, curve, curves, window, recipe)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1, default=str, allow_nan=False) + "\n")
     print(f"\nwrote {stem.with_suffix('.png')} and {stem.with_suffix('.json')} in {result['seconds']['all']:.0f} s")
     return result
 
