@@ -7,34 +7,44 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssmrl.adaptation import AdaptationConfig, Adapted, Adapter, adapt, mse_loss
-    from ssmrl.core import StateModel, StateSpaceModel
+    from ssmrl.core import GRU, LSTM, MLP, DiagonalSSM, StateModel, StateSpaceModel, Transformer
     from ssmrl.env_runner import Environment
     from ssmrl.meta_rl import MetaMAML, Task
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "GRU": "core",
+    "LSTM": "core",
+    "MLP": "core",
     "AdaptationConfig": "adaptation",
     "Adapted": "adaptation",
     "Adapter": "adaptation",
+    "DiagonalSSM": "core",
     "Environment": "env_runner",
     "MetaMAML": "meta_rl",
     "StateModel": "core",
     "StateSpaceModel": "core",
     "Task": "meta_rl",
+    "Transformer": "core",
     "adapt": "adaptation",
     "mse_loss": "adaptation",
 }
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "MLP",
     "AdaptationConfig",
     "Adapted",
     "Adapter",
+    "DiagonalSSM",
     "Environment",
     "MetaMAML",
     "StateModel",
     "StateSpaceModel",
     "Task",
+    "Transformer",
     "adapt",
     "mse_loss",
 ]

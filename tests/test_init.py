@@ -12,7 +12,7 @@ import pytest
 import ssmrl
 
 HOMES = {
-    "core": ["StateModel", "StateSpaceModel"],
+    "core": ["GRU", "LSTM", "MLP", "DiagonalSSM", "StateModel", "StateSpaceModel", "Transformer"],
     "adaptation": ["AdaptationConfig", "Adapted", "Adapter", "adapt", "mse_loss"],
     "meta_rl": ["MetaMAML", "Task"],
     "env_runner": ["Environment"],

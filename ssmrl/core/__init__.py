@@ -1,12 +1,26 @@
 """Sequence models with an explicit state, and nothing else."""
 
 from ssmrl.core.base import StateModel, functional_forward
+from ssmrl.core.diagonal import DiagonalSSM, diagonal_recurrence
+from ssmrl.core.gru import GRU
+from ssmrl.core.lstm import LSTM, LSTMState
+from ssmrl.core.mlp import MLP, MLPState
 from ssmrl.core.scan import linear_recurrence, mlp_recurrence
 from ssmrl.core.ssm import StateSpaceModel
+from ssmrl.core.transformer import Transformer, TransformerState
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "MLP",
+    "DiagonalSSM",
+    "LSTMState",
+    "MLPState",
     "StateModel",
     "StateSpaceModel",
+    "Transformer",
+    "TransformerState",
+    "diagonal_recurrence",
     "functional_forward",
     "linear_recurrence",
     "mlp_recurrence",

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ssmrl.core.axes import Fold, matmul, sources_and_targets, sum_of_outer_products, time_major
+from ssmrl.core.axes import (
+    Fold,
+    define_operation,
+    from_time_major,
+    matmul,
+    sources_and_targets,
+    sum_of_outer_products,
+    time_major,
+)
 
 __all__ = ["linear_recurrence", "mlp_recurrence"]
 
@@ -58,6 +66,43 @@ def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: T
     return h
 
 
+# The loops over time, without derivatives. As operations of their own a trace records each as one node, whatever T is.
+
+
+def _solve_linear(f: Tensor, w_in: Tensor, d: Tensor, w_out: Tensor, reverse: bool) -> Tensor:
+    h = time_major(f, copy=True)
+    w_in, w_out = w_in.contiguous(), w_out.contiguous()
+    h_at, d_at = h.unbind(0), time_major(d).unbind(0)
+    steps = range(len(d_at))
+    for t in reversed(steps) if reverse else steps:
+        source, target = (h_at[t + 1], h_at[t]) if reverse else (h_at[t], h_at[t + 1])
+        _add_product(target, torch.matmul(source, w_in).mul_(d_at[t]), w_out)
+    return from_time_major(h)
+
+
+def _solve_mlp(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> Tensor:
+    h = time_major(c, copy=True)
+    w_in, w_out, b_in = w_in.contiguous(), w_out.contiguous(), b_in.unsqueeze(-2)
+    h_at = h.unbind(0)
+    keep_at = None if keep is None else time_major(keep).unbind(0)
+    for t in range(len(h_at) - 1):
+        source = h_at[t] if keep_at is None else torch.where(keep_at[t], h_at[t], 0.0)
+        _add_product(h_at[t + 1], torch.matmul(source, w_in).add_(b_in).relu_(), w_out)
+    return from_time_major(h)
+
+
+define_operation(
+    "linear_recurrence(Tensor f, Tensor w_in, Tensor d, Tensor w_out, bool reverse) -> Tensor",
+    _solve_linear,
+    lambda f, *others: torch.empty_like(f, memory_format=torch.contiguous_format),
+)
+define_operation(
+    "mlp_recurrence(Tensor c, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? keep) -> Tensor",
+    _solve_mlp,
+    lambda c, *others: torch.empty_like(c, memory_format=torch.contiguous_format),
+)
+
+
 # In the two Functions all operands, or none, may have a leading axis G: weights (G, S, H), sequences
 # (G, T, B, S). Their vmap rules fold the mapped axis into B where the weights are shared and into G
 # where they are not, so that the loop over time never sees more than these axes.
@@ -66,14 +111,8 @@ def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: T
 class _LinearRecurrence(Function):
     @staticmethod
     def forward(f: Tensor, w_in: Tensor, d: Tensor, w_out: Tensor, reverse: bool) -> Tensor:
-        h, d = time_major(f), time_major(d)
-        w_in, w_out = w_in.contiguous(), w_out.contiguous()
-        h_at, d_at = h.unbind(0), d.unbind(0)
-        steps = range(len(d_at))
-        for t in reversed(steps) if reverse else steps:
-            source, target = (h_at[t + 1], h_at[t]) if reverse else (h_at[t], h_at[t + 1])
-            _add_product(target, torch.matmul(source, w_in).mul_(d_at[t]), w_out)
-        return h.movedim(0, -3).contiguous()
+        h: Tensor = torch.ops.ssmrl.linear_recurrence(f, w_in, d, w_out, reverse)
+        return h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,14 +164,8 @@ class _LinearRecurrence(Function):
 class _MLPRecurrence(Function):
     @staticmethod
     def forward(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> Tensor:
-        h = time_major(c)
-        w_in, w_out, b_in = w_in.contiguous(), w_out.contiguous(), b_in.unsqueeze(-2)
-        h_at = h.unbind(0)
-        keep_at = None if keep is None else time_major(keep).unbind(0)
-        for t in range(len(h_at) - 1):
-            source = h_at[t] if keep_at is None else torch.where(keep_at[t], h_at[t], 0.0)
-            _add_product(h_at[t + 1], torch.matmul(source, w_in).add_(b_in).relu_(), w_out)
-        return h.movedim(0, -3).contiguous()
+        h: Tensor = torch.ops.ssmrl.mlp_recurrence(c, w_in, b_in, w_out, keep)
+        return h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -53,8 +53,8 @@ def group_tasks(tasks: Tasks, initial_hidden_state: Any, like: Tensor) -> list[T
         tasks: a sequence of `(support_x, support_y, query_x, query_y)`, or one such tuple with an axis N before
             every other.
         initial_hidden_state: a pytree with the batch on the leading axis of every leaf. A batch of 1, or of the
-            tasks' own batch size, is shared by all tasks; one of the sum of the tasks' batch sizes is split among
-            them in order. None stays None.
+            tasks' own batch size, is shared by all tasks, as is a state without leaves; one of the sum of the tasks'
+            batch sizes is split among them in order. None stays None.
         like: a weight of the model, whose dtype and device the data must have.
 
     Raises:
@@ -89,13 +89,13 @@ class _Initial:
     def __init__(self, state: Any, batch_sizes: list[tuple[int, int]]) -> None:
         self.state = state
         self.sizes = [support for support, _ in batch_sizes]
-        batches = {
-            leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in pytree.tree_leaves(state)
-        }
+        leaves = pytree.tree_leaves(state)
+        batches = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
         every = {size for sizes in batch_sizes for size in sizes}
         same_query = all(support == query for support, query in batch_sizes)
         batch = batches.pop() if len(batches) == 1 else None
-        self.shared = batch is not None and (batch == 1 or {batch} == every)
+        # A state without leaves, that of a model without memory, fits every batch.
+        self.shared = not leaves or (batch is not None and (batch == 1 or {batch} == every))
         if not self.shared and not (batch == sum(self.sizes) and same_query):
             raise ValueError(
                 f"initial_hidden_state must have on the leading axis of every tensor a batch of 1 or of the "

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation import AdaptationConfig, Adapter, adapt, mse_loss
-from ssmrl.core import StateSpaceModel
+from ssmrl.core import MLP, MLPState, StateSpaceModel
 from ssmrl.meta_rl import MetaMAML
 
 D, O, S = 3, 2, 4  # noqa: E741
@@ -388,6 +388,14 @@ def test_a_model_without_a_state_adapts(model):
     expected = {n: (p - 0.5 * g).detach() for (n, p), g in zip(model.named_parameters(), gradients, strict=True)}
     Adapter(model, AdaptationConfig(0.5, 1)).update_step(x, y, None)
     close(weights(model), expected, tolerance=1e-6)
+
+
+def test_an_mlp_adapts_with_its_empty_state_as_without_one():
+    x, y = torch.randn(4, D), torch.randn(4, O)
+    model = MLP(D, O)
+    twin = copy.deepcopy(model)
+    assert run(Adapter(model), x, y, MLPState())[0] == run(Adapter(twin), x, y, None)[0]
+    assert same(weights(model), weights(twin))
 
 
 # Long runs.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from ssmrl.core.axes import Fold, matmul, sum_of_outer_products, time_major
+from ssmrl.core.axes import Fold, define_operation, from_time_major, matmul, sum_of_outer_products, time_major
 
 N, G, T, B, S, H = 2, 3, 4, 5, 6, 7
 
@@ -42,10 +43,24 @@ def test_outer_products_are_summed_over_steps_and_batch():
     )
 
 
-def test_time_major_is_a_contiguous_copy():
+def test_time_major_is_contiguous_and_a_copy_where_asked():
     sequence = torch.randn(T, B, S)
-    copy = time_major(sequence)
+    assert time_major(sequence).data_ptr() == sequence.data_ptr()
+    copy = time_major(sequence, copy=True)
     assert torch.equal(copy, sequence)
     assert copy.data_ptr() != sequence.data_ptr()
-    assert time_major(torch.randn(G, T, B, S)).shape == (T, G, B, S)
-    assert time_major(torch.randn(G, T, B, S)).is_contiguous()
+    groups = torch.randn(G, T, B, S)
+    for copy in (time_major(groups), time_major(groups, copy=True)):
+        assert torch.equal(copy, groups.movedim(1, 0))
+        assert copy.is_contiguous()
+    assert torch.equal(from_time_major(time_major(groups)), groups)
+
+
+def test_an_operation_is_one_node_of_a_trace():
+    define_operation("test_add_one(Tensor x) -> Tensor", lambda x: (x * 2 + 2) / 2, torch.empty_like)
+    graph = make_fx(lambda x: torch.ops.ssmrl.test_add_one(x))(torch.zeros(3))
+    assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == [
+        "ssmrl.test_add_one.default"
+    ]
+    assert torch.equal(graph(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.ops.ssmrl.test_add_one(torch.ones(2, device="meta")).shape == (2,)

@@ -13,10 +13,17 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
 
-from ssmrl.core import StateModel, StateSpaceModel, functional_forward
+from ssmrl.core import GRU, LSTM, MLP, DiagonalSSM, StateModel, StateSpaceModel, Transformer, functional_forward
 
 D, O = 3, 2  # noqa: E741
-MODELS = {"StateSpaceModel": lambda: StateSpaceModel(state_dim=4, input_dim=D, output_dim=O, hidden_dim=5)}
+MODELS = {
+    "StateSpaceModel": lambda: StateSpaceModel(state_dim=4, input_dim=D, output_dim=O, hidden_dim=5),
+    "GRU": lambda: GRU(state_dim=3, input_dim=D, output_dim=O),
+    "LSTM": lambda: LSTM(state_dim=3, input_dim=D, output_dim=O),
+    "MLP": lambda: MLP(input_dim=D, output_dim=O, hidden_dim=5),
+    "Transformer": lambda: Transformer(4, D, O, hidden_dim=3, num_heads=2, window=2),
+    "DiagonalSSM": lambda: DiagonalSSM(state_dim=2, input_dim=D, output_dim=O, hidden_dim=3),
+}
 over_models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 sizes = st.fixed_dictionaries({"batch": st.integers(1, 4), "steps": st.integers(1, 7), "seed": st.integers(0, 999)})
@@ -34,7 +41,16 @@ def draw(make, batch, steps, seed):
 def tree(function, *states):
     if isinstance(states[0], torch.Tensor):
         return function(*states)
-    return type(states[0])(*(tree(function, *leaves) for leaves in zip(*states, strict=True)))
+    return type(states[0])(*(tree(function, *parts) for parts in zip(*states, strict=True)))
+
+
+def leaves(state):
+    return [state] if isinstance(state, torch.Tensor) else [leaf for part in state for leaf in leaves(part)]
+
+
+def spoiled(state):
+    """NaN in every number of a state, and nonsense in every count."""
+    return tree(lambda s: torch.full_like(s, torch.nan if s.is_floating_point() else 10**6), state)
 
 
 def close(ours, theirs, tolerance=1e-12):
@@ -82,10 +98,30 @@ def test_a_reset_equals_a_fresh_start(make, size, data):
 @over_models
 def test_a_reset_forgets_a_state_of_nan(make):
     model, x, state, _ = draw(make, batch=2, steps=3, seed=0)
-    spoiled = tree(lambda s: torch.full_like(s, torch.nan), state)
     reset = torch.tensor([[True, False, False]] * 2)
-    close(model(x, spoiled, reset)[0], model(x)[0])
-    close(model(x[:, 0], spoiled, reset[:, 0])[0], model(x[:, 0])[0])
+    for steps in (slice(None), 0):
+        y, last = model(x[:, steps], spoiled(state), reset[:, steps])
+        fresh, fresh_last = model(x[:, steps])
+        close(y, fresh)
+        close(last, fresh_last)
+
+
+@over_models
+def test_a_reset_forgets_nan_in_the_derivative_of_a_state_and_in_earlier_inputs(make):
+    model, x, state, _ = draw(make, batch=2, steps=4, seed=0)
+    fresh, fresh_last = model(x[:, 2:])
+    names = tuple(dict(model.named_parameters()))
+    expected = torch.autograd.grad(fresh.sum(), tuple(model.parameters()))
+    reset = torch.tensor([[False, False, True, False]] * 2)
+    y, last = model(x[:, 2:], spoiled(state), reset[:, 2:])
+    close(
+        dict(zip(names, torch.autograd.grad(y.sum(), tuple(model.parameters())), strict=True)),
+        dict(zip(names, expected, strict=True)),
+    )
+    x[:, 1] = torch.nan
+    y, last = model(x, state, reset)
+    close(y[:, 2:], fresh)
+    close(last, fresh_last)
 
 
 @over_models
@@ -98,9 +134,9 @@ def test_rows_do_not_influence_each_other(make, size, data):
     permuted, permuted_last = model(x[order], tree(lambda s: s[order], state), reset[order])
     close(permuted, y[order])
     close(permuted_last, tree(lambda s: s[order], last))
-    spoiled = x.clone()
-    spoiled[0] = torch.nan
-    close(model(spoiled, state, reset)[0][1:], y[1:])
+    bad = x.clone()
+    bad[0] = torch.nan
+    close(model(bad, state, reset)[0][1:], y[1:])
 
 
 @over_models
@@ -129,17 +165,35 @@ def test_vmap_over_stacked_parameters_equals_a_loop_over_models(make, size, mask
 
 
 @over_models
+def test_vmap_over_states_inputs_and_masks_equals_a_loop(make):
+    model, *_ = draw(make, batch=1, steps=1, seed=3)
+    x = torch.randn(3, 2, 4, D, dtype=torch.float64)
+    reset = torch.rand(3, 2, 4) < 0.3
+    states = [model(torch.randn(2, n, D, dtype=torch.float64))[1] for n in (1, 2, 6)]  # of different ages
+    y, last = vmap(model)(x, tree(lambda *s: torch.stack(s), *states), reset)
+    for i, state in enumerate(states):
+        close((y[i], tree(lambda s, i=i: s[i], last)), model(x[i], state, reset[i]))
+
+
+@over_models
 @pytest.mark.parametrize("masked", [False, True])
 def test_derivatives_equal_finite_differences(make, masked):
     model, x, state, reset = draw(make, batch=2, steps=3, seed=1)
     names = [name for name, _ in model.named_parameters()]
+    floating = [leaf for leaf in leaves(state) if leaf.is_floating_point()]
 
-    def function(x, state, *values):
-        return functional_call(model, dict(zip(names, values, strict=True)), (x, state, reset if masked else None))
+    def function(x, *values):
+        params = dict(zip(names, values, strict=False))
+        rest = iter(values[len(names) :])
+        start = tree(lambda s: next(rest) if s.is_floating_point() else s, state)
+        y, last = functional_call(model, params, (x, start, reset if masked else None))
+        return y, *(leaf for leaf in leaves(last) if leaf.is_floating_point())
 
-    inputs = [v.detach().clone().requires_grad_() for v in (x, state, *model.parameters())]
+    inputs = [v.detach().clone().requires_grad_() for v in (x, *model.parameters(), *floating)]
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=False)
-    assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
+    # Entry by entry it takes a minute for the larger models; fast mode compares random projections of all entries.
+    fast = sum(v.numel() for v in inputs) > 150
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=fast)
 
 
 @over_models
@@ -169,9 +223,10 @@ def test_float32_and_bfloat16_run_and_keep_their_dtype(make):
     for dtype in (torch.float32, torch.bfloat16):
         model = make().to(dtype)
         x = torch.randn(2, 3, D, dtype=dtype)
-        y, _ = model(x)
+        y, state = model(x)
         assert y.dtype == dtype
-        assert model.init_hidden().dtype == dtype
+        for leaf in (*leaves(model.init_hidden()), *leaves(state)):
+            assert leaf.dtype == (dtype if leaf.is_floating_point() else torch.int64)
         y.sum().backward()
         assert all(p.grad.dtype == dtype for p in model.parameters())
 
@@ -200,10 +255,11 @@ def test_bad_input_is_refused_in_one_sentence(make):
         model(x.double())
     with pytest.raises(ValueError, match=r"x must be on cpu, where the model is; got meta"):
         model(x.to("meta"))
-    with pytest.raises(ValueError, match=r"hidden_state.* must have shape \(4, .*got \(3, "):
-        model(x, tree(lambda s: s[:3], state))
-    with pytest.raises(ValueError, match=r"hidden_state.* must be of dtype torch.float32.*got torch.float64"):
-        model(x, tree(torch.Tensor.double, state))
+    if leaves(state):
+        with pytest.raises(ValueError, match=r"hidden_state.* must have shape \(4, .*got \(3, "):
+            model(x, tree(lambda s: s[:3], state))
+        with pytest.raises(ValueError, match=r"hidden_state.* must be of dtype torch.float32.*got torch.float64"):
+            model(x, tree(torch.Tensor.double, state))
     with pytest.raises(ValueError, match=r"reset must have shape \(B, T\) = \(4, 6\) to match x; got \(6, 4\)"):
         model(x, state, torch.zeros(6, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"reset must have shape \(B,\) = \(4,\) to match x; got \(4, 1\)"):

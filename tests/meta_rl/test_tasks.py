@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ssmrl.core import MLPState
 from ssmrl.meta_rl import Task
 from ssmrl.meta_rl.tasks import expand_state, group_tasks
 
@@ -75,6 +76,13 @@ def test_a_state_of_batch_one_or_the_tasks_batch_is_shared_as_it_is(rows):
 class _Pair(NamedTuple):
     a: Tensor
     b: Any
+
+
+@pytest.mark.parametrize("state", [(), {}, MLPState()])
+def test_a_state_without_tensors_is_shared_by_tasks_of_every_batch(state):
+    groups = group_tasks([make_task(3), make_task(2, query_batch=4)], state, LIKE)
+    assert [group.initial_state for group in groups] == [state, state]
+    assert [group.state_axis for group in groups] == [None, None]
 
 
 @settings(max_examples=30, deadline=None)
