@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad, vmap
 from torchopt import pytree
 from torchopt.base import GradientTransformation
 
@@ -24,6 +26,7 @@ from ssmrl.adaptation.optim import (
 from ssmrl.adaptation.select import trainable_parameters
 from ssmrl.core.base import functional_forward
 from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
+from ssmrl.meta_rl.trace import Traced
 
 __all__ = ["MetaMAML"]
 
@@ -51,6 +54,10 @@ class MetaMAML:
         outer_optimizer: any `torch.optim` optimizer whose step needs no closure, in place of Adam. What it holds
             beside the model's parameters (an initial state that is passed in, parameters of the loss) is learned too.
         max_grad_norm: clip the global norm of the meta-gradient to this; None: do not clip.
+        compile: record the tensor operations of the whole meta-gradient at the first update with new shapes, and replay
+            them afterwards: the same numbers, without the overhead of Python and functorch, which is most of the time
+            of small problems. Recording takes a second or two, whatever T. Only the model's parameters can be learned,
+            and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
 
     Raises:
         TypeError, ValueError: a negative or non-finite rate, a negative number of steps, a rate beside an optimizer
@@ -68,6 +75,7 @@ class MetaMAML:
         inner_optimizer: GradientTransformation | None = None,
         outer_optimizer: torch.optim.Optimizer | None = None,
         max_grad_norm: float | None = None,
+        compile: bool = False,
     ) -> None:
         check_rate("outer_lr", outer_lr)
         if max_grad_norm is not None:
@@ -90,8 +98,14 @@ class MetaMAML:
             raise ValueError(
                 "outer_optimizer must hold parameters of the model that require a gradient; it holds none."
             )
+        if compile and learned - {id(p) for p in model.parameters()}:
+            raise ValueError(
+                "compile=True differentiates the model's parameters alone; outer_optimizer must not hold other tensors."
+            )
         self.outer_optimizer = outer_optimizer
         self.max_grad_norm = max_grad_norm
+        self.compile = compile
+        self._traced: dict[Any, Traced] = {}
 
     @torch.enable_grad()
     def meta_update(self, tasks: Tasks, initial_hidden_state: Any = None, loss_fn: Loss = mse_loss) -> float:
@@ -122,9 +136,7 @@ class MetaMAML:
         self._zero_grad()
         try:
             for group in groups:  # a backward pass each, so that only one group's graph is in memory
-                group_losses = self._query_losses(dict(params), group, loss_fn, self.inner_steps, self.first_order)
-                (group_losses.sum() / num_tasks).backward()
-                losses[group.indices] = group_losses.detach().to(losses)
+                losses[group.indices] = self._backward(group, loss_fn, num_tasks).to(losses)
             _check_losses(losses)
             self._check_and_clip_gradient()
             self.outer_optimizer.step()
@@ -209,6 +221,39 @@ class MetaMAML:
         """Fast weights before any step: a copy of all parameters, without a graph."""
         return OrderedDict((name, p.detach().clone()) for name, p in self.model.named_parameters())
 
+    def _backward(self, group: TaskGroup, loss_fn: Loss, num_tasks: int) -> Tensor:
+        """(N,) query losses of a group; their sum / num_tasks is differentiated into the parameters' `grad`."""
+        params = trainable_parameters(self.model)
+        if not self.compile:
+            losses = self._query_losses(dict(params), group, loss_fn, self.inner_steps, self.first_order)
+            (losses.sum() / num_tasks).backward()
+            return losses.detach()
+        constants: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if name not in params}
+        constants.update(self.model.named_buffers())
+        options = (loss_fn, self.inner_optimizer, self.inner_steps, self.first_order, group.state_axis)
+        key = (*options, self.model.training)
+        if key not in self._traced:
+            self._traced[key] = Traced(partial(self._gradient, loss_fn=loss_fn, state_axis=group.state_axis))
+        result: tuple[dict[str, Tensor], Tensor]
+        result = self._traced[key](dict(params), constants, tuple(group.tasks), group.initial_state)
+        for name, p in params.items():
+            share = result[0][name] / num_tasks
+            p.grad = share if p.grad is None else p.grad + share
+        return result[1]
+
+    def _gradient(
+        self, params: Any, constants: Any, tasks: Any, initial_state: Any, *, loss_fn: Loss, state_axis: int | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradient of the sum of a group's query losses, and the losses (N,): a pure function of its arguments."""
+        group = TaskGroup([], Task(*tasks), initial_state, state_axis)
+
+        def total(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            losses = self._query_losses(params, group, loss_fn, self.inner_steps, self.first_order, constants)
+            return losses.sum(), losses
+
+        result: tuple[dict[str, Tensor], Tensor] = grad(total, has_aux=True)(params)
+        return result
+
     def _query_losses(
         self,
         params: dict[str, Tensor],
@@ -216,18 +261,22 @@ class MetaMAML:
         loss_fn: Loss,
         num_steps: int,
         first_order: bool,
+        constants: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        """(N,) query losses after adaptation: a pure function of params and the group's data and states."""
+        """(N,) query losses after adaptation: a pure function of params, constants and the group's data and states."""
+
+        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor, initial_state: Any) -> Tensor:
+            return self._loss({**constants, **params}, x, y, initial_state, loss_fn)
 
         def task_loss(params: dict[str, Tensor], task: Task, initial_state: Any) -> Tensor:
             adapted = adapt(
-                lambda p: self._loss(p, task.support_x, task.support_y, initial_state, loss_fn),
+                lambda p: loss(p, task.support_x, task.support_y, initial_state),
                 params,
                 optimizer=self.inner_optimizer,
                 num_steps=num_steps,
                 first_order=first_order,
             )
-            return self._loss(adapted.params, task.query_x, task.query_y, initial_state, loss_fn)
+            return loss(adapted.params, task.query_x, task.query_y, initial_state)
 
         over_tasks = vmap(task_loss, in_dims=(None, 0, group.state_axis))
         losses: Tensor = over_tasks(params, group.tasks, group.initial_state)

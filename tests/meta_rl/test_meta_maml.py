@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, linear
 from torchopt import pytree
 
 from ssmrl.adaptation import AdaptationConfig, Adapter, mse_loss
-from ssmrl.core import StateSpaceModel
+from ssmrl.core import MLP, MLPState, StateSpaceModel, Transformer, TransformerState
 from ssmrl.meta_rl import MetaMAML, Task
 
 D, O, S, H = 2, 1, 2, 3  # noqa: E741
@@ -435,6 +435,42 @@ def sequential(seed=0):
 def test_a_sequential_model_without_a_state():
     model, tasks = sequential(), [draw_task(3, None) for _ in range(3)]
     agree(meta_gradient(model, tasks, inner_steps=2), loop(model, tasks, steps=2, forward=network))
+
+
+def test_an_mlp_with_its_empty_state_equals_the_loop():
+    torch.manual_seed(0)
+    model = MLP(D, O, hidden_dim=3).double()
+    with torch.no_grad():  # so that units of both layers are on
+        model.input.bias.fill_(0.5)
+        model.hidden.bias.fill_(0.5)
+
+    def forward(p, x, _):
+        z = linear(x, p["input.weight"], p["input.bias"]).clamp(min=0)
+        z = linear(z, p["hidden.weight"], p["hidden.bias"]).clamp(min=0)
+        return linear(z, p["output.weight"], p["output.bias"])
+
+    tasks = [draw_task(3, 4), draw_task(2, None)]
+    reference = loop(model, tasks, steps=2, forward=forward)
+    for state in (None, MLPState()):
+        agree(meta_gradient(model, tasks, state, inner_steps=2), reference)
+    x, y, *_ = tasks[0]
+    maml = MetaMAML(model, RATE)
+    assert same(maml.adapt_task(x, y, MLPState()), maml.adapt_task(x, y))
+
+
+def test_a_state_with_counts_in_it_is_split_among_tasks_and_shared():
+    torch.manual_seed(0)
+    model = Transformer(4, D, O, hidden_dim=5, num_heads=2, window=2).double()
+    maml, tasks = MetaMAML(model, RATE), [draw_task(2, 4), draw_task(2, 4)]
+    states = [model(randn(2, steps, D))[1] for steps in (1, 5)]  # of different positions
+    one_by_one = torch.cat([maml.evaluate([t], s) for t, s in zip(tasks, states, strict=True)])
+    both = TransformerState(*(torch.cat(leaves) for leaves in zip(*states, strict=True)))
+    torch.testing.assert_close(maml.evaluate(tasks, both), one_by_one)
+    assert (maml.evaluate(tasks, states[0]) - one_by_one)[1].abs() > 1e-6
+    torch.testing.assert_close(maml.evaluate(tasks, model.init_hidden(1)), maml.evaluate(tasks))
+    loss, gradient = meta_gradient(model, tasks, both)
+    assert loss == pytest.approx(float(one_by_one.mean()))
+    assert all(g.isfinite().all() for g in gradient.values())
 
 
 def test_frozen_parameters_stay_bit_identical_and_are_not_adapted():
@@ -1011,3 +1047,70 @@ def test_a_meta_update_learns_where_gradients_are_off():
     with torch.no_grad():
         MetaMAML(model).meta_update(tasks)
     assert not same(weights(model), before)
+
+
+class _Scaled(nn.Module):
+    """A model with a frozen parameter and a buffer that both matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, O)
+        self.frozen = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        self.register_buffer("shift", torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.frozen * self.inner(x) + self.shift
+
+
+def compiled_pair(make, **options):
+    torch.manual_seed(0)
+    model = make().double()
+    twin = copy.deepcopy(model)
+    return MetaMAML(model, **options), MetaMAML(twin, **options, compile=True)
+
+
+def same_after(eager, compiled, *arguments):
+    assert eager.meta_update(*arguments) == pytest.approx(compiled.meta_update(*arguments), rel=1e-12)
+    torch.testing.assert_close(weights(compiled.model), weights(eager.model), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("optimizer", [None, torchopt.sgd(0.1, momentum=0.9)])
+def test_a_compiled_update_equals_an_eager_one(first_order, optimizer):
+    make = lambda: StateSpaceModel(S, D, O, 4)  # noqa: E731
+    eager, compiled = compiled_pair(make, inner_steps=2, first_order=first_order, inner_optimizer=optimizer)
+    for seed in range(3):
+        _, tasks = draw((3, 4), (3, 4), (2, 5), seed=seed)
+        same_after(eager, compiled, tasks)
+    assert len(compiled._traced) == 1
+
+
+def test_a_compiled_update_takes_states_shared_or_split():
+    eager, compiled = compiled_pair(lambda: StateSpaceModel(S, D, O, 4))
+    _, tasks = draw((3, 4), (3, 4))
+    for batch in (1, 3, 6, None):
+        same_after(eager, compiled, tasks, None if batch is None else randn(batch, S))
+
+
+def test_a_compiled_update_sees_what_changed_in_constants():
+    eager, compiled = compiled_pair(_Scaled, inner_lr=0.1)
+    _, tasks = draw((3, None), (3, None))
+    same_after(eager, compiled, tasks)
+    for maml in (eager, compiled):
+        maml.model.frozen.data.fill_(-1.0)
+        maml.model.shift = torch.tensor(3.0, dtype=torch.float64)
+    same_after(eager, compiled, tasks)
+
+
+def test_a_compiled_update_uses_the_loss_it_is_given():
+    eager, compiled = compiled_pair(lambda: nn.Linear(D, O))
+    _, tasks = draw((3, None))
+    for loss_fn in (mse_loss, mean_square, lambda output, y: (output - y).abs().mean()):
+        same_after(eager, compiled, tasks, None, loss_fn)
+
+
+def test_a_compiled_learner_of_other_tensors_is_refused():
+    model, extra = nn.Linear(D, O), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*model.parameters(), extra], lr=0.1)
+    with pytest.raises(ValueError, match="compile=True differentiates the model's parameters alone"):
+        MetaMAML(model, outer_optimizer=optimizer, compile=True)

@@ -1,0 +1,50 @@
+"""Traces: a pure function of tensors, recorded once for given shapes and replayed without Python or functorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torchopt import pytree
+
+__all__ = ["Traced"]
+
+
+class Traced:
+    """Calls a pure function of pytrees of tensors through a trace of it.
+
+    The first call with arguments of a new structure, or of tensors with new shapes, dtypes or devices, runs the
+    function once and records its tensor operations, through `grad` and `vmap`; later calls replay them. The numbers are
+    the same. What the function reads that is not an argument is recorded as it was: it must not change.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._traces: dict[Any, tuple[Callable[..., list[Tensor]], Any]] = {}
+
+    @torch.no_grad()
+    def __call__(self, *arguments: Any) -> Any:
+        leaves: list[Tensor]
+        leaves, structure = pytree.tree_flatten(arguments)  # type: ignore[arg-type]
+        key = (structure, tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
+        if key not in self._traces:
+            self._traces[key] = self._trace(leaves, structure)
+        replay, result_structure = self._traces[key]
+        return pytree.tree_unflatten(result_structure, replay(*leaves))
+
+    def _trace(self, leaves: list[Tensor], structure: Any) -> tuple[Callable[..., list[Tensor]], Any]:
+        result_structure = None
+
+        def flat(*leaves: Tensor) -> list[Tensor]:
+            nonlocal result_structure
+            results: list[Tensor]
+            results, result_structure = pytree.tree_flatten(self.function(*pytree.tree_unflatten(structure, leaves)))
+            return results
+
+        graph = make_fx(flat)(*leaves)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph, result_structure

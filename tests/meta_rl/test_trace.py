@@ -1,0 +1,75 @@
+"""Traces: the same numbers, recorded once for given shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from ssmrl import GRU, LSTM, StateSpaceModel
+from ssmrl.core import functional_forward
+from ssmrl.meta_rl.trace import Traced
+
+
+class Counted:
+    """A function that knows how often it ran."""
+
+    def __init__(self, function):
+        self.function, self.runs = function, 0
+
+    def __call__(self, *arguments):
+        self.runs += 1
+        return self.function(*arguments)
+
+
+def test_it_runs_once_for_given_shapes_and_replays_with_other_values():
+    function = Counted(lambda tree, scale: {"sum": tree["a"] + tree["b"] * scale})
+    traced = Traced(function)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tree = {"a": torch.randn(3), "b": torch.randn(3)}
+        scale = torch.randn(())
+        assert torch.equal(traced(tree, scale)["sum"], tree["a"] + tree["b"] * scale)
+    assert function.runs == 1
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(3, dtype=torch.float64), (torch.zeros(3),)])
+def test_another_shape_dtype_or_structure_is_recorded_anew(other):
+    function = Counted(lambda x: x)
+    traced = Traced(function)
+    traced(torch.zeros(3))
+    traced(other)
+    assert function.runs == 2
+    traced(torch.zeros(3))
+    assert function.runs == 2
+
+
+def test_results_carry_no_graph():
+    x = torch.zeros(3, requires_grad=True)
+    traced = Traced(lambda x: x.sin())
+    assert not traced(x).requires_grad
+    assert not traced(x).requires_grad
+
+
+@pytest.mark.parametrize("model", [StateSpaceModel(3, 2, 1, 4), GRU(3, 2, 1), LSTM(3, 2, 1)], ids=str)
+def test_a_recurrence_is_one_node_whatever_its_length(model):
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def second(params, x):
+        loss = lambda p, x: functional_forward(model, p, x)[0].square().sum()  # noqa: E731
+        norm = lambda p, x: sum(g.square().sum() for g in grad(loss)(p, x).values())  # noqa: E731
+        return vmap(grad(norm), in_dims=(None, 0))(params, x)
+
+    traced: Any = Traced(second)
+    nodes = []
+    for steps in (4, 40):
+        x = torch.randn(2, 3, steps, 2)
+        expected = second(params, x)
+        found = traced(params, x)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+        *_, (graph, _) = traced._traces.values()
+        nodes.append(len(graph.graph.nodes))
+    assert nodes[0] == nodes[1]
