@@ -19,6 +19,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+nb_render_markdown_format = "myst"
 exclude_patterns = ["_build", "jupyter_execute"]
 
 autodoc_member_order = "bysource"
