@@ -74,9 +74,9 @@ def test_another_class_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "tensors"),
     [
-        ({"state_dim": 4, "unknown": 1}, {}),
+        ({"state_dim": 4, "unknown": 1}, {"w": torch.zeros(2)}),
         ({"state_dim": 4, "input_dim": 3, "output_dim": 2}, {"w": torch.zeros(2)}),
-        ({"state_dim": -4, "input_dim": 3, "output_dim": 2}, {}),
+        ({"state_dim": -4, "input_dim": 3, "output_dim": 2}, {"w": torch.zeros(2)}),
     ],
 )
 def test_contents_that_do_not_fit_the_class_are_one_clear_error(tmp_path, arguments, tensors):
