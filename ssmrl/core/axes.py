@@ -13,11 +13,15 @@ from torch import Tensor
 
 __all__ = [
     "Fold",
+    "add",
     "define_operation",
     "from_time_major",
     "matmul",
-    "sources_and_targets",
+    "pad_to_targets",
+    "sources",
     "sum_of_outer_products",
+    "sum_of_rows",
+    "targets",
     "time_major",
 ]
 
@@ -60,6 +64,12 @@ def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
     return torch.matmul(_fold_time(left).mT, _fold_time(right))
 
 
+def sum_of_rows(sequence: Tensor) -> Tensor:
+    """Sum over T and B: (T, B, S) -> (S,). As a product with ones, which is up to 5x faster than `sum`."""
+    rows = _fold_time(sequence)
+    return torch.matmul(rows.new_ones(1, rows.shape[-2]), rows).squeeze(-2)
+
+
 def _fold_time(sequence: Tensor) -> Tensor:
     """(T, B, S) -> (T·B, S). A reshape, since `is_grads_batched` has no rule for `flatten`."""
     *groups, steps, batch, width = sequence.shape
@@ -83,22 +93,43 @@ class Fold:
         weight = self._front(weight, dim)
         return weight.flatten(0, 1) if self.has_groups else weight
 
-    def sequence(self, sequence: Tensor, dim: int | None) -> Tensor:
+    def sequence(self, sequence: Tensor | None, dim: int | None) -> Tensor | None:
+        if sequence is None:
+            return None
         sequence = self._front(sequence, dim)
         if not self.into_groups:
             return sequence.movedim(0, -3).flatten(-3, -2)
         return sequence.flatten(0, 1) if self.has_groups else sequence
 
-    def unfold(self, h: Tensor) -> tuple[Tensor, int]:
-        """The result with the vmapped axis restored, and where it is."""
+    def unfold(self, *results: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Results with the vmapped axis restored, and where it is."""
         if not self.into_groups:
-            return h.unflatten(-2, (self.size, h.shape[-2] // self.size)), h.dim() - 2
-        if not self.has_groups:
-            return h, 0
-        return h.unflatten(0, (self.size, h.shape[0] // self.size)), 0
+            return tuple(h.unflatten(-2, (self.size, h.shape[-2] // self.size)) for h in results), (
+                results[0].dim() - 2,
+            ) * len(results)
+        if self.has_groups:
+            results = tuple(h.unflatten(0, (self.size, h.shape[0] // self.size)) for h in results)
+        return results, (0,) * len(results)
 
 
-def sources_and_targets(h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """States that steps 1..T start from and those that they lead to, (T, B, S) each."""
-    early, late = h[..., :-1, :, :], h[..., 1:, :, :]
-    return (late, early) if reverse else (early, late)
+def sources(h: Tensor, keep: Tensor | None) -> Tensor:
+    """States that steps t = 1..T start from, k_t h_{t-1}: (T+1, B, S) -> (T, B, S)."""
+    source = h[..., :-1, :, :]
+    return source if keep is None else torch.where(keep, source, 0.0)
+
+
+def targets(h: Tensor) -> Tensor:
+    """States that steps t = 1..T lead to, h_t: (T+1, B, S) -> (T, B, S)."""
+    return h[..., 1:, :, :]
+
+
+def pad_to_targets(drive: Tensor, adjoint: bool) -> Tensor:
+    """(T, B, S) -> (T+1, B, S): zero where a recurrence, or its adjoint, starts."""
+    return torch.nn.functional.pad(drive, (0, 0, 0, 0, 0, 1) if adjoint else (0, 0, 0, 0, 1, 0))
+
+
+def add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """The sum of two tensors, where None is zero."""
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y

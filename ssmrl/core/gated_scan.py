@@ -5,10 +5,11 @@ Letters: T steps, B sequences, S width of a block; n state blocks, m product blo
 A gated cell is elementwise around one matrix product: v_t = cell(v_{t-1}, u_t, x_t), u_t = h_{t-1} W + b, where the
 state v is n blocks of width S, the first of which is h. Linearised, it is
 
-    v_t = A_t v_{t-1} + D_t (h_{t-1} W) + f_t
+    u_t = h_{t-1} W + e_t,   v_t = A_t v_{t-1} + D_t u_t + f_t
 
 with elementwise block coefficients A_t (n × n) and D_t (n × m). The adjoint of that is a recurrence of the mirrored
-form, and the adjoint of the mirrored one is the first again: docs/recurrence.md has the derivation.
+form, and the adjoint of the mirrored one is the first again. The products u are a second output, which derivatives read
+instead of computing them again: docs/recurrence.md has the derivation.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear, pad
 
+from ssmrl.core import native
 from ssmrl.core.axes import (
     Fold,
+    add,
     define_operation,
     from_time_major,
     matmul,
-    sources_and_targets,
+    pad_to_targets,
+    sources,
     sum_of_outer_products,
+    sum_of_rows,
+    targets,
     time_major,
 )
 
@@ -60,191 +66,245 @@ def gated_recurrence(cell: GatedCell, start: Tensor, x: Tensor, w: Tensor, b: Te
     Returns:
         v: (T+1, B, n·S), differentiable to every order in every floating-point argument.
     """
-    v: Tensor = _Gated.apply(cell, start, x, w, b, keep)
+    v, _ = _Gated.apply(cell, start, x, w, b, keep)
     return v
 
 
-def gated_linear_recurrence(f: Tensor, a: Tensor, d: Tensor, w: Tensor, *, adjoint: bool = False) -> Tensor:
-    """Solve v_0 = f_0, v_t = A_t v_{t-1} + D_t (h_{t-1} W) + f_t for t = 1..T, or the adjoint of that.
+def gated_linear_recurrence(
+    f: Tensor, e: Tensor | None, a: Tensor, d: Tensor, w: Tensor, keep: Tensor | None = None, *, adjoint: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Solve v_0 = f_0, u_t = (k_t h_{t-1}) W + e_t, v_t = A_t k_t v_{t-1} + D_t u_t + f_t for t = 1..T, or the adjoint.
 
     Args:
         f: (T+1, B, n·S) the initial state f_0 and the input of every step.
+        e: (T, B, m·S) what is added to the products; None: nothing.
         a: (T, B, n·n·S) the coefficients A_1..A_T.
         d: (T, B, n·m·S) the coefficients D_1..D_T.
         w: (S, m·S).
-        adjoint: solve μ_T = f_T, μ_{t-1} = A_t^T μ_t + P (D_t^T μ_t) W^T + f_{t-1}, where P puts h into its block.
+        keep: Bool (T, B, 1), as for `gated_recurrence`.
+        adjoint: solve v_T = f_T, u_t = D_t^T v_t + e_t, v_{t-1} = k_t (A_t^T v_t + P u_t W^T) + f_{t-1}, where P puts a
+            block in the place of h.
 
     Returns:
-        v or μ: (T+1, B, n·S), differentiable to every order in every tensor argument.
+        v: (T+1, B, n·S) and u: (T, B, m·S), differentiable to every order in every floating-point argument.
     """
-    v: Tensor = _GatedLinear.apply(f, a, d, w, adjoint)
-    return v
+    v, u = _GatedLinear.apply(f, e, a, d, w, keep, adjoint)
+    return v, u
 
 
-def _solve_linear(f: Tensor, a: Tensor, d: Tensor, w: Tensor, adjoint: bool) -> Tensor:
-    v, width = time_major(f, copy=True), w.shape[-2]
-    w = (w.mT if adjoint else w).contiguous()
-    v_at, a_at, d_at = v.unbind(0), time_major(a).unbind(0), time_major(d).unbind(0)
-    steps = range(len(a_at))
-    if adjoint:
-        for t in reversed(steps):
-            v_at[t].add_(_mix_transposed(a_at[t], v_at[t + 1], width))
-            _h(v_at[t], width).add_(torch.matmul(_mix_transposed(d_at[t], v_at[t + 1], width), w))
-    else:
-        for t in steps:
-            u = torch.matmul(_h(v_at[t], width), w)
-            v_at[t + 1].add_(_mix(a_at[t], v_at[t], width)).add_(_mix(d_at[t], u, width))
-    return from_time_major(v)
+# The loops over time, without derivatives. As operations of their own a trace records each as one node, whatever T is.
 
 
-# An operation of its own, so that a trace records the loop over time as one node.
-define_operation(
-    "gated_linear_recurrence(Tensor f, Tensor a, Tensor d, Tensor w, bool adjoint) -> Tensor",
-    _solve_linear,
-    lambda f, *others: torch.empty_like(f, memory_format=torch.contiguous_format),
-)
-
-
-class _GatedLinear(Function):
-    @staticmethod
-    def forward(f: Tensor, a: Tensor, d: Tensor, w: Tensor, adjoint: bool) -> Tensor:
-        v: Tensor = torch.ops.ssmrl.gated_linear_recurrence(f, a, d, w, adjoint)
-        return v
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, a, d, w, ctx.adjoint = inputs
-        ctx.save_for_backward(a, d, w, output)
-        ctx.save_for_forward(a, d, w, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        a, d, w, solution = ctx.saved_tensors
-        width, needs = w.shape[-2], ctx.needs_input_grad
-        other = gated_linear_recurrence(grad_v, a, d, w, adjoint=not ctx.adjoint)
-        v, mu = (other, solution) if ctx.adjoint else (solution, other)
-        source, _ = sources_and_targets(v, reverse=False)
-        _, target = sources_and_targets(mu, reverse=False)
-        h = _h(source, width)
-        return (
-            other,
-            _outer(target, source, width) if needs[1] else None,
-            _outer(target, matmul(h, w), width) if needs[2] else None,
-            sum_of_outer_products(h, _mix_transposed(d, target, width)) if needs[3] else None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, df: Tensor, da: Tensor, dd: Tensor, dw: Tensor, no_tangent: None) -> Tensor:
-        a, d, w, solution = ctx.saved_tensors
-        width = w.shape[-2]
-        source, target = sources_and_targets(solution, reverse=False)
-        if ctx.adjoint:
-            into_h = matmul(_mix_transposed(dd, target, width), w.mT) + matmul(_mix_transposed(d, target, width), dw.mT)
-            drive = _mix_transposed(da, target, width) + pad(into_h, (0, target.shape[-1] - width))
+def _solve_linear(
+    f: Tensor, e: Tensor | None, a: Tensor, d: Tensor, w: Tensor, keep: Tensor | None, adjoint: bool
+) -> tuple[Tensor, Tensor]:
+    width, m = w.shape[-2], w.shape[-1] // w.shape[-2]
+    w = w.mT if adjoint else w
+    results, kernel = _describe(f, m * width), "gated_adjoint" if adjoint else "gated_forward"
+    if native.run(kernel, (f, e, a, d, w, keep), results, state=width):
+        return results
+    v, w = time_major(f, copy=True), w.contiguous()
+    a_at, d_at, e_at, keep_at = (None if x is None else time_major(x).unbind(0) for x in (a, d, e, keep))
+    steps = range(len(v) - 1)
+    u_at = [v.new_empty(0)] * len(steps)
+    for t in reversed(steps) if adjoint else steps:
+        if adjoint:
+            u_at[t] = _mix_transposed(d_at[t], v[t + 1], width)
+            u_at[t] = u_at[t] if e_at is None else u_at[t] + e_at[t]
+            into = _mix_transposed(a_at[t], v[t + 1], width)
+            _h(into, width).add_(torch.matmul(u_at[t], w))
+            v[t].add_(into if keep_at is None else torch.where(keep_at[t], into, 0.0))
         else:
-            h = _h(source, width)
-            drive = _mix(da, source, width) + _mix(dd, matmul(h, w), width) + _mix(d, matmul(h, dw), width)
-        drive = pad(drive, (0, 0, 0, 0, 0, 1) if ctx.adjoint else (0, 0, 0, 0, 1, 0))
-        return gated_linear_recurrence(df + drive, a, d, w, adjoint=ctx.adjoint)
+            source = v[t] if keep_at is None else torch.where(keep_at[t], v[t], 0.0)
+            u_at[t] = torch.matmul(_h(source, width), w)
+            u_at[t] = u_at[t] if e_at is None else u_at[t].add_(e_at[t])
+            v[t + 1].add_(_mix(a_at[t], source, width)).add_(_mix(d_at[t], u_at[t], width))
+    return from_time_major(v), torch.stack(u_at, dim=-3) if u_at else results[1]
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        *tensors, w, adjoint = operands
-        fold = Fold(info.batch_size, (w,), (in_dims[3],))
-        f, a, d = (fold.sequence(x, dim) for x, dim in zip(tensors, in_dims[:3], strict=True))
-        v = gated_linear_recurrence(f, a, d, fold.weight(w, in_dims[3]), adjoint=adjoint)
-        return fold.unfold(v)
+
+def _describe(f: Tensor, product: int) -> tuple[Tensor, Tensor]:
+    """Empty results of a loop."""
+    *groups, states, batch, _ = f.shape
+    return torch.empty_like(f, memory_format=torch.contiguous_format), f.new_empty(*groups, states - 1, batch, product)
+
+
+define_operation(
+    "gated_linear_recurrence(Tensor f, Tensor? e, Tensor a, Tensor d, Tensor w, Tensor? keep, bool adjoint)"
+    " -> (Tensor, Tensor)",
+    _solve_linear,
+    lambda f, e, a, d, w, *others: _describe(f, w.shape[-1]),
+)
 
 
 def define_cell(cell: GatedCell) -> None:
     """Make the loop over time of a cell an operation of its own, so that `gated_recurrence` takes it."""
 
-    def solve(start: Tensor, x: Tensor, w: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
-        width, bias, w = w.shape[-2], b.unsqueeze(-2), w.contiguous()
+    def describe(start: Tensor, x: Tensor, w: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        *groups, steps, batch, _ = x.shape
+        return x.new_empty(*groups, steps + 1, batch, start.shape[-1]), x.new_empty(*groups, steps, batch, w.shape[-1])
+
+    def solve(start: Tensor, x: Tensor, w: Tensor, b: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        width, results = w.shape[-2], describe(start, x, w)
+        if native.run(cell.name, (start, x, w, b, keep), results, state=width):
+            return results
+        bias, w = b.unsqueeze(-2), w.contiguous()
         v_at, x_at = [time_major(start)[0]], time_major(x).unbind(0)
         keep_at = None if keep is None else time_major(keep).unbind(0)
+        u_at = []
         for t in range(len(x_at)):
             source = v_at[t] if keep_at is None else torch.where(keep_at[t], v_at[t], 0.0)
-            v_at.append(cell.step(source, torch.matmul(_h(source, width), w).add_(bias), x_at[t]))
-        return torch.stack(v_at, dim=-3)
+            u_at.append(torch.matmul(_h(source, width), w).add_(bias))
+            v_at.append(cell.step(source, u_at[t], x_at[t]))
+        return torch.stack(v_at, dim=-3), torch.stack(u_at, dim=-3) if u_at else results[1]
 
-    def describe(start: Tensor, x: Tensor, *others: Any) -> Tensor:
-        *groups, steps, batch, _ = x.shape
-        return x.new_empty(*groups, steps + 1, batch, start.shape[-1])
-
-    schema = f"{cell.name}_recurrence(Tensor start, Tensor x, Tensor w, Tensor b, Tensor? keep) -> Tensor"
+    schema = f"{cell.name}_recurrence(Tensor start, Tensor x, Tensor w, Tensor b, Tensor? keep) -> (Tensor, Tensor)"
     define_operation(schema, solve, describe)
 
 
 class _Gated(Function):
     @staticmethod
-    def forward(cell: GatedCell, start: Tensor, x: Tensor, w: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
-        v: Tensor = getattr(torch.ops.ssmrl, f"{cell.name}_recurrence")(start, x, w, b, keep)
-        return v
+    def forward(
+        cell: GatedCell, start: Tensor, x: Tensor, w: Tensor, b: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        v, u = getattr(torch.ops.ssmrl, f"{cell.name}_recurrence")(start, x, w, b, keep)
+        return v, u
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.cell, _, *tensors = inputs
-        ctx.save_for_backward(*tensors, output)
-        ctx.save_for_forward(*tensors, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.cell, _, x, w, _, keep = inputs
+        ctx.save_for_backward(x, w, keep, *output)
+        ctx.save_for_forward(x, w, keep, *output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, keep, v = ctx.saved_tensors
-        width = w.shape[-2]
-        source, a, d, e = _linearise(ctx.cell, v, x, w, b, keep)
-        adjoint = gated_linear_recurrence(grad_v, *_masked(a, d, keep), w, adjoint=True)
-        _, target = sources_and_targets(adjoint, reverse=False)
-        grad_u = _mix_transposed(d, target, width)
+    def backward(ctx: Any, grad_v: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, w, keep, v, u = ctx.saved_tensors
+        width, source = w.shape[-2], sources(v, keep)
+        a, d, e = ctx.cell.linearise(source, u, x)
+        grad_v = torch.zeros_like(v) if grad_v is None else grad_v
+        adjoint, grad_u = gated_linear_recurrence(grad_v, grad_u, a, d, w, keep, adjoint=True)
         return (
             None,
             adjoint[..., :1, :, :],
-            _mix_transposed(e, target, width),
+            _mix_transposed(e, targets(adjoint), width) if ctx.needs_input_grad[2] else None,
             sum_of_outer_products(_h(source, width), grad_u),
-            grad_u.sum((-3, -2)),
+            sum_of_rows(grad_u),
             None,
         )
 
     @staticmethod
-    def jvp(ctx: Any, cell: None, dstart: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dkeep: None) -> Tensor:
-        x, w, b, keep, v = ctx.saved_tensors
-        width = w.shape[-2]
-        source, a, d, e = _linearise(ctx.cell, v, x, w, b, keep)
-        du = matmul(_h(source, width), dw) + db[..., None, None, :]
-        drive = torch.cat([dstart, _mix(d, du, width) + _mix(e, dx, width)], dim=-3)
-        return gated_linear_recurrence(drive, *_masked(a, d, keep), w)
+    def jvp(
+        ctx: Any,
+        cell: None,
+        dstart: Tensor | None,
+        dx: Tensor | None,
+        dw: Tensor | None,
+        db: Tensor | None,
+        dkeep: None,
+    ) -> tuple[Tensor, Tensor]:
+        x, w, keep, v, u = ctx.saved_tensors
+        width, source = w.shape[-2], sources(v, keep)
+        a, d, e = ctx.cell.linearise(source, u, x)
+        du = add(
+            None if dw is None else matmul(_h(source, width), dw),
+            None if db is None else db[..., None, None, :].expand_as(u),
+        )
+        dstart = torch.zeros_like(v[..., :1, :, :]) if dstart is None else dstart
+        drive = torch.zeros_like(targets(v)) if dx is None else _mix(e, dx, width)
+        return gated_linear_recurrence(torch.cat([dstart, drive], dim=-3), du, a, d, w, keep)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         cell, start, x, w, b, keep = operands
         _, start_dim, x_dim, w_dim, b_dim, keep_dim = in_dims
         fold = Fold(info.batch_size, (w, b), (w_dim, b_dim))
-        v = gated_recurrence(
+        results = _Gated.apply(
             cell,
             fold.sequence(start, start_dim),
             fold.sequence(x, x_dim),
             fold.weight(w, w_dim),
             fold.weight(b, b_dim),
-            None if keep is None else fold.sequence(keep, keep_dim),
+            fold.sequence(keep, keep_dim),
         )
-        return fold.unfold(v)
+        return fold.unfold(*results)
 
 
-def _linearise(
-    cell: GatedCell, v: Tensor, x: Tensor, w: Tensor, b: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """At all steps: the source state k_t v_{t-1}, and the cell's derivatives by state, product and input."""
-    source, _ = sources_and_targets(v, reverse=False)
-    if keep is not None:
-        source = torch.where(keep, source, 0.0)
-    u = matmul(_h(source, w.shape[-2]), w) + b[..., None, None, :]
-    return source, *cell.linearise(source, u, x)
+class _GatedLinear(Function):
+    @staticmethod
+    def forward(
+        f: Tensor, e: Tensor | None, a: Tensor, d: Tensor, w: Tensor, keep: Tensor | None, adjoint: bool
+    ) -> tuple[Tensor, Tensor]:
+        v, u = torch.ops.ssmrl.gated_linear_recurrence(f, e, a, d, w, keep, adjoint)
+        return v, u
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, a, d, w, keep, ctx.adjoint = inputs
+        ctx.save_for_backward(a, d, w, keep, *output)
+        ctx.save_for_forward(a, d, w, keep, *output)
+        ctx.set_materialize_grads(False)
 
-def _masked(a: Tensor, d: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Coefficients of the step from v_{t-1} instead of k_t v_{t-1}."""
-    return (a, d) if keep is None else (a * keep, d * keep)
+    @staticmethod
+    def backward(ctx: Any, grad_v: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        a, d, w, keep, *solution = ctx.saved_tensors
+        width, needs = w.shape[-2], ctx.needs_input_grad
+        grad_v = torch.zeros_like(solution[0]) if grad_v is None else grad_v
+        other = gated_linear_recurrence(grad_v, grad_u, a, d, w, keep, adjoint=not ctx.adjoint)
+        (v, u), (mu, q) = (other, solution) if ctx.adjoint else (solution, other)
+        source, target = sources(v, keep), targets(mu)
+        return (
+            other[0],
+            other[1] if needs[1] else None,
+            _outer(target, source, width) if needs[2] else None,
+            _outer(target, u, width) if needs[3] else None,
+            sum_of_outer_products(_h(source, width), q) if needs[4] else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        df: Tensor | None,
+        de: Tensor | None,
+        da: Tensor | None,
+        dd: Tensor | None,
+        dw: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor, Tensor]:
+        a, d, w, keep, v, u = ctx.saved_tensors
+        width = w.shape[-2]
+        if ctx.adjoint:
+            target = targets(v)
+            de = add(de, None if dd is None else _mix_transposed(dd, target, width))
+            drive = None if da is None else _mix_transposed(da, target, width)
+            into_h = None if dw is None else matmul(u, dw.mT)
+            drive = add(drive, None if into_h is None else pad(into_h, (0, target.shape[-1] - width)))
+            drive = drive if drive is None or keep is None else torch.where(keep, drive, 0.0)
+        else:
+            source = sources(v, keep)
+            de = add(de, None if dw is None else matmul(_h(source, width), dw))
+            drive = None if da is None else _mix(da, source, width)
+            drive = add(drive, None if dd is None else _mix(dd, u, width))
+        df = add(df, None if drive is None else pad_to_targets(drive, ctx.adjoint))
+        df = torch.zeros_like(v) if df is None else df
+        return gated_linear_recurrence(df, de, a, d, w, keep, adjoint=ctx.adjoint)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        f, e, a, d, w, keep, adjoint = operands
+        f_dim, e_dim, a_dim, d_dim, w_dim, keep_dim, _ = in_dims
+        fold = Fold(info.batch_size, (w,), (w_dim,))
+        results = _GatedLinear.apply(
+            fold.sequence(f, f_dim),
+            fold.sequence(e, e_dim),
+            fold.sequence(a, a_dim),
+            fold.sequence(d, d_dim),
+            fold.weight(w, w_dim),
+            fold.sequence(keep, keep_dim),
+            adjoint,
+        )
+        return fold.unfold(*results)
 
 
 def _h(v: Tensor, width: int) -> Tensor:

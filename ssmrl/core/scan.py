@@ -2,10 +2,10 @@
 
 Letters: T steps, B sequences, S state, H hidden, G groups with weights of their own (tasks, under `vmap`).
 
-The backward pass of a nonlinear recurrence is a linear recurrence in reverse time, and the backward pass of a
-linear recurrence is a linear recurrence the other way. So two operations close the family: `mlp_recurrence`,
-whose derivatives are written with `linear_recurrence`, whose derivatives are written with itself. Only what is
-truly sequential runs step by step; linearisations and weight gradients are one matrix product for all T.
+`mlp_recurrence` is the recurrence of `StateSpaceModel`; `linear_recurrence` is its linearisation. The backward pass of
+the first is the adjoint of the second, and the backward pass of that is the second again, so the two close the family:
+every derivative is written with them and with products over all T at once. The hidden activations that a loop computes
+on its way are its second output, which derivatives read instead of computing it again.
 docs/recurrence.md has the derivation.
 """
 
@@ -17,39 +17,26 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ssmrl.core import native
 from ssmrl.core.axes import (
     Fold,
+    add,
     define_operation,
     from_time_major,
     matmul,
-    sources_and_targets,
+    pad_to_targets,
+    sources,
     sum_of_outer_products,
+    sum_of_rows,
+    targets,
     time_major,
 )
 
 __all__ = ["linear_recurrence", "mlp_recurrence"]
 
 
-def linear_recurrence(f: Tensor, w_in: Tensor, d: Tensor, w_out: Tensor, *, reverse: bool = False) -> Tensor:
-    """Solve h_0 = f_0, h_t = ((h_{t-1} W_in) ∘ d_t) W_out + f_t for t = 1..T.
-
-    Args:
-        f: (T+1, B, S) the initial state f_0 and the input of every step.
-        w_in: (S, H).
-        d: (T, B, H) the elementwise coefficients of steps 1..T.
-        w_out: (H, S).
-        reverse: solve from the other end: h_T = f_T, h_{t-1} = ((h_t W_in) ∘ d_t) W_out + f_{t-1}.
-            With W_out^T for W_in and W_in^T for W_out, this is the adjoint of the forward solution.
-
-    Returns:
-        h: (T+1, B, S), differentiable to every order in every tensor argument.
-    """
-    h: Tensor = _LinearRecurrence.apply(f, w_in, d, w_out, reverse)
-    return h
-
-
 def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Solve h_0 = c_0, h_t = relu((k_t ∘ h_{t-1}) W_in + b_in) W_out + c_t for t = 1..T.
+    """Solve h_0 = c_0, z_t = relu((k_t ∘ h_{t-1}) W_in + b_in), h_t = z_t W_out + c_t for t = 1..T.
 
     Args:
         c: (T+1, B, S) the initial state c_0 and what is added at every step.
@@ -62,44 +49,113 @@ def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: T
     Returns:
         h: (T+1, B, S), differentiable to every order in every floating-point argument.
     """
-    h: Tensor = _MLPRecurrence.apply(c, w_in, b_in, w_out, keep)
+    h, _ = _MLPRecurrence.apply(c, w_in, b_in, w_out, keep)
     return h
+
+
+def linear_recurrence(
+    f: Tensor,
+    a: Tensor | None,
+    z: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    keep: Tensor | None = None,
+    *,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Solve h_0 = f_0, p_t = ((k_t ∘ h_{t-1}) W_in + a_t) ∘ relu'(z_t), h_t = p_t W_out + f_t for t = 1..T.
+
+    This is `mlp_recurrence` linearised where its hidden activations are z, or the adjoint of that.
+
+    Args:
+        f: (T+1, B, S) the initial state f_0 and what is added at every step.
+        a: (T, B, H) what is added before the slope at every step; None: nothing.
+        z: (T, B, H) whose signs give the slopes relu'(z_t), 1 or 0; has no derivative.
+        w_in: (S, H).
+        w_out: (H, S).
+        keep: Bool (T, B, 1), as for `mlp_recurrence`.
+        adjoint: solve from the other end, with transposed weights in each other's place:
+            h_T = f_T, p_t = (h_t W_out^T + a_t) ∘ relu'(z_t), h_{t-1} = k_t ∘ (p_t W_in^T) + f_{t-1}.
+
+    Returns:
+        h: (T+1, B, S) and p: (T, B, H), differentiable to every order in f, a, w_in and w_out.
+    """
+    h, p = _LinearRecurrence.apply(f, a, z, w_in, w_out, keep, adjoint)
+    return h, p
 
 
 # The loops over time, without derivatives. As operations of their own a trace records each as one node, whatever T is.
 
 
-def _solve_linear(f: Tensor, w_in: Tensor, d: Tensor, w_out: Tensor, reverse: bool) -> Tensor:
-    h = time_major(f, copy=True)
-    w_in, w_out = w_in.contiguous(), w_out.contiguous()
-    h_at, d_at = h.unbind(0), time_major(d).unbind(0)
-    steps = range(len(d_at))
-    for t in reversed(steps) if reverse else steps:
-        source, target = (h_at[t + 1], h_at[t]) if reverse else (h_at[t], h_at[t + 1])
-        _add_product(target, torch.matmul(source, w_in).mul_(d_at[t]), w_out)
-    return from_time_major(h)
-
-
-def _solve_mlp(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> Tensor:
+def _solve_mlp(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    results = _describe(c, w_in.shape[-1])
+    if native.run("mlp", (c, w_in, b_in, w_out, keep), results, state=c.shape[-1]):
+        return results
     h = time_major(c, copy=True)
-    w_in, w_out, b_in = w_in.contiguous(), w_out.contiguous(), b_in.unsqueeze(-2)
-    h_at = h.unbind(0)
-    keep_at = None if keep is None else time_major(keep).unbind(0)
-    for t in range(len(h_at) - 1):
+    z = h.new_empty(c.shape[-3] - 1, *h.shape[1:-1], w_in.shape[-1])
+    w_in, w_out, b_in = w_in.contiguous(), w_out.contiguous(), b_in.unsqueeze(-2).expand(z.shape[1:])
+    h_at, z_at, keep_at = h.unbind(0), z.unbind(0), _unbind(keep)
+    for t, z_t in enumerate(z_at):
         source = h_at[t] if keep_at is None else torch.where(keep_at[t], h_at[t], 0.0)
-        _add_product(h_at[t + 1], torch.matmul(source, w_in).add_(b_in).relu_(), w_out)
-    return from_time_major(h)
+        _product(b_in, source, w_in, out=z_t).relu_()
+        _product(h_at[t + 1], z_t, w_out, out=h_at[t + 1])
+    return from_time_major(h), from_time_major(z)
+
+
+def _solve_linear(
+    f: Tensor, a: Tensor | None, z: Tensor, w_in: Tensor, w_out: Tensor, keep: Tensor | None, adjoint: bool
+) -> tuple[Tensor, Tensor]:
+    first, second = (w_out.mT, w_in.mT) if adjoint else (w_in, w_out)
+    results, kernel = _describe(f, z.shape[-1]), "linear_adjoint" if adjoint else "linear_forward"
+    if native.run(kernel, (f, a, z, first, second, keep), results, state=f.shape[-1]):
+        return results
+    h = time_major(f, copy=True)
+    slope = time_major(z).sign()
+    first, second = first.contiguous(), second.contiguous()
+    p = torch.empty_like(slope) if a is None else time_major(a, copy=True)
+    h_at, p_at, slope_at, keep_at = h.unbind(0), p.unbind(0), slope.unbind(0), _unbind(keep)
+    steps = range(len(p_at))
+    for t in reversed(steps) if adjoint else steps:
+        source, target = (h_at[t + 1], h_at[t]) if adjoint else (h_at[t], h_at[t + 1])
+        if keep_at is not None and not adjoint:
+            source = torch.where(keep_at[t], source, 0.0)
+        p_t = _product(None if a is None else p_at[t], source, first, out=p_at[t]).mul_(slope_at[t])
+        if keep_at is not None and adjoint:
+            target.add_(torch.where(keep_at[t], torch.matmul(p_t, second), 0.0))
+        else:
+            _product(target, p_t, second, out=target)
+    return from_time_major(h), from_time_major(p)
+
+
+def _product(start: Tensor | None, left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    """Write start + left @ right into `out`, for (B, S) or (G, B, S)."""
+    if start is None:
+        return torch.matmul(left, right, out=out)
+    if left.dim() == 2:
+        return torch.addmm(start, left, right, out=out)
+    return torch.baddbmm(start, left, right, out=out)
+
+
+def _unbind(keep: Tensor | None) -> tuple[Tensor, ...] | None:
+    return None if keep is None else time_major(keep).unbind(0)
+
+
+def _describe(c: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
+    """Empty results of a loop."""
+    *groups, steps, batch, _ = c.shape
+    return torch.empty_like(c, memory_format=torch.contiguous_format), c.new_empty(*groups, steps - 1, batch, hidden)
 
 
 define_operation(
-    "linear_recurrence(Tensor f, Tensor w_in, Tensor d, Tensor w_out, bool reverse) -> Tensor",
-    _solve_linear,
-    lambda f, *others: torch.empty_like(f, memory_format=torch.contiguous_format),
+    "mlp_recurrence(Tensor c, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? keep) -> (Tensor, Tensor)",
+    _solve_mlp,
+    lambda c, w_in, *others: _describe(c, w_in.shape[-1]),
 )
 define_operation(
-    "mlp_recurrence(Tensor c, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? keep) -> Tensor",
-    _solve_mlp,
-    lambda c, *others: torch.empty_like(c, memory_format=torch.contiguous_format),
+    "linear_recurrence(Tensor f, Tensor? a, Tensor z, Tensor w_in, Tensor w_out, Tensor? keep, bool adjoint)"
+    " -> (Tensor, Tensor)",
+    _solve_linear,
+    lambda f, a, z, *others: _describe(f, z.shape[-1]),
 )
 
 
@@ -108,128 +164,128 @@ define_operation(
 # where they are not, so that the loop over time never sees more than these axes.
 
 
-class _LinearRecurrence(Function):
-    @staticmethod
-    def forward(f: Tensor, w_in: Tensor, d: Tensor, w_out: Tensor, reverse: bool) -> Tensor:
-        h: Tensor = torch.ops.ssmrl.linear_recurrence(f, w_in, d, w_out, reverse)
-        return h
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, w_in, d, w_out, ctx.reverse = inputs
-        ctx.save_for_backward(w_in, d, w_out, output)
-        ctx.save_for_forward(w_in, d, w_out, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-        w_in, d, w_out, h = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        adjoint = linear_recurrence(grad_h, w_out.mT, d, w_in.mT, reverse=not ctx.reverse)
-        source, _ = sources_and_targets(h, ctx.reverse)
-        _, target = sources_and_targets(adjoint, ctx.reverse)
-        e = matmul(source, w_in)
-        k = matmul(target, w_out.mT)
-        return (
-            adjoint,
-            sum_of_outer_products(source, d * k) if needs[1] else None,
-            e * k if needs[2] else None,
-            sum_of_outer_products(d * e, target) if needs[3] else None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, df: Tensor, dw_in: Tensor, dd: Tensor, dw_out: Tensor, no_tangent: None) -> Tensor:
-        w_in, d, w_out, h = ctx.saved_tensors
-        source, _ = sources_and_targets(h, ctx.reverse)
-        e = matmul(source, w_in)
-        drive = matmul(matmul(source, dw_in) * d + e * dd, w_out) + matmul(e * d, dw_out)
-        df = df + _pad_to_targets(drive, ctx.reverse)
-        return linear_recurrence(df, w_in, d, w_out, reverse=ctx.reverse)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
-        f, w_in, d, w_out, reverse = operands
-        f_dim, w_in_dim, d_dim, w_out_dim, _ = in_dims
-        fold = Fold(info.batch_size, (w_in, w_out), (w_in_dim, w_out_dim))
-        h = linear_recurrence(
-            fold.sequence(f, f_dim),
-            fold.weight(w_in, w_in_dim),
-            fold.sequence(d, d_dim),
-            fold.weight(w_out, w_out_dim),
-            reverse=reverse,
-        )
-        return fold.unfold(h)
-
-
 class _MLPRecurrence(Function):
     @staticmethod
-    def forward(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> Tensor:
-        h: Tensor = torch.ops.ssmrl.mlp_recurrence(c, w_in, b_in, w_out, keep)
-        return h
+    def forward(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, z = torch.ops.ssmrl.mlp_recurrence(c, w_in, b_in, w_out, keep)
+        return h, z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, w_in, b_in, w_out, keep = inputs
-        ctx.save_for_backward(w_in, b_in, w_out, keep, output)
-        ctx.save_for_forward(w_in, b_in, w_out, keep, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, w_in, _, w_out, keep = inputs
+        ctx.save_for_backward(w_in, w_out, keep, *output)
+        ctx.save_for_forward(w_in, w_out, keep, *output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-        w_in, b_in, w_out, keep, h = ctx.saved_tensors
-        source, z, slope, d = _linearise(h, w_in, b_in, keep)
-        adjoint = linear_recurrence(grad_h, w_out.mT, d, w_in.mT, reverse=True)
-        _, target = sources_and_targets(adjoint, reverse=False)
-        grad_a = matmul(target, w_out.mT) * slope
+    def backward(ctx: Any, grad_h: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        w_in, w_out, keep, h, z = ctx.saved_tensors
+        grad_h = torch.zeros_like(h) if grad_h is None else grad_h
+        adjoint, p = linear_recurrence(grad_h, grad_z, z, w_in, w_out, keep, adjoint=True)
+        source, target = sources(h, keep), targets(adjoint)
         return (
             adjoint,
-            sum_of_outer_products(source, grad_a),
-            grad_a.sum((-3, -2)),
+            sum_of_outer_products(source, p),
+            sum_of_rows(p),
             sum_of_outer_products(z, target),
             None,
         )
 
     @staticmethod
-    def jvp(ctx: Any, dc: Tensor, dw_in: Tensor, db_in: Tensor, dw_out: Tensor, no_tangent: None) -> Tensor:
-        w_in, b_in, w_out, keep, h = ctx.saved_tensors
-        source, z, slope, d = _linearise(h, w_in, b_in, keep)
-        da = matmul(source, dw_in) + db_in[..., None, None, :]
-        drive = matmul(da * slope, w_out) + matmul(z, dw_out)
-        return linear_recurrence(dc + _pad_to_targets(drive, reverse=False), w_in, d, w_out)
+    def jvp(
+        ctx: Any, dc: Tensor | None, dw_in: Tensor | None, db_in: Tensor | None, dw_out: Tensor | None, dkeep: None
+    ) -> tuple[Tensor, Tensor]:
+        w_in, w_out, keep, h, z = ctx.saved_tensors
+        a = None if dw_in is None else matmul(sources(h, keep), dw_in)
+        a = add(a, None if db_in is None else db_in[..., None, None, :].expand_as(z))
+        drive = None if dw_out is None else pad_to_targets(matmul(z, dw_out), adjoint=False)
+        df = add(dc, drive)
+        return linear_recurrence(torch.zeros_like(h) if df is None else df, a, z, w_in, w_out, keep)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         c, w_in, b_in, w_out, keep = operands
         c_dim, w_in_dim, b_in_dim, w_out_dim, keep_dim = in_dims
         fold = Fold(info.batch_size, (w_in, b_in, w_out), (w_in_dim, b_in_dim, w_out_dim))
-        h = mlp_recurrence(
+        h, z = _MLPRecurrence.apply(
             fold.sequence(c, c_dim),
             fold.weight(w_in, w_in_dim),
             fold.weight(b_in, b_in_dim),
             fold.weight(w_out, w_out_dim),
-            None if keep is None else fold.sequence(keep, keep_dim),
+            fold.sequence(keep, keep_dim),
         )
-        return fold.unfold(h)
+        return fold.unfold(h, z)
 
 
-def _linearise(h: Tensor, w_in: Tensor, b_in: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """At all steps: source state k ∘ h, z = relu(a), slope relu'(a), and coefficients d = k relu'(a)."""
-    source, _ = sources_and_targets(h, reverse=False)
-    if keep is not None:
-        source = torch.where(keep, source, 0.0)
-    z = (matmul(source, w_in) + b_in[..., None, None, :]).relu()
-    # Piecewise constant, so cut out of every graph; sign is 5x faster than a comparison and a cast.
-    slope = z.detach().sign()
-    return source, z, slope, slope if keep is None else slope * keep
+class _LinearRecurrence(Function):
+    @staticmethod
+    def forward(
+        f: Tensor, a: Tensor | None, z: Tensor, w_in: Tensor, w_out: Tensor, keep: Tensor | None, adjoint: bool
+    ) -> tuple[Tensor, Tensor]:
+        h, p = torch.ops.ssmrl.linear_recurrence(f, a, z, w_in, w_out, keep, adjoint)
+        return h, p
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, z, w_in, w_out, keep, ctx.adjoint = inputs
+        ctx.save_for_backward(z, w_in, w_out, keep, *output)
+        ctx.save_for_forward(z, w_in, w_out, keep, *output)
+        ctx.set_materialize_grads(False)
 
-def _pad_to_targets(drive: Tensor, reverse: bool) -> Tensor:
-    """(T, B, S) -> (T+1, B, S): zero where the recurrence starts."""
-    return torch.nn.functional.pad(drive, (0, 0, 0, 0, 0, 1) if reverse else (0, 0, 0, 0, 1, 0))
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_p: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, w_in, w_out, keep, h, p = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_h = torch.zeros_like(h) if grad_h is None else grad_h
+        other_h, other_p = linear_recurrence(grad_h, grad_p, z, w_in, w_out, keep, adjoint=not ctx.adjoint)
+        if ctx.adjoint:
+            (h, p), (mu, q) = (other_h, other_p), (h, p)
+        else:
+            mu, q = other_h, other_p
+        return (
+            other_h,
+            other_p if needs[1] else None,
+            None,
+            sum_of_outer_products(sources(h, keep), q) if needs[3] else None,
+            sum_of_outer_products(p, targets(mu)) if needs[4] else None,
+            None,
+            None,
+        )
 
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        df: Tensor | None,
+        da: Tensor | None,
+        dz: None,
+        dw_in: Tensor | None,
+        dw_out: Tensor | None,
+        *others: None,
+    ) -> tuple[Tensor, Tensor]:
+        z, w_in, w_out, keep, h, p = ctx.saved_tensors
+        if ctx.adjoint:
+            a = None if dw_out is None else matmul(targets(h), dw_out.mT)
+            drive = None if dw_in is None else matmul(p, dw_in.mT)
+            drive = drive if drive is None or keep is None else torch.where(keep, drive, 0.0)
+        else:
+            a = None if dw_in is None else matmul(sources(h, keep), dw_in)
+            drive = None if dw_out is None else matmul(p, dw_out)
+        df = add(df, None if drive is None else pad_to_targets(drive, ctx.adjoint))
+        df = torch.zeros_like(h) if df is None else df
+        return linear_recurrence(df, add(a, da), z, w_in, w_out, keep, adjoint=ctx.adjoint)
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to target, in place, for (B, S) or (G, B, S)."""
-    if target.dim() == 2:
-        target.addmm_(left, right)
-    else:
-        target.baddbmm_(left, right)
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        f, a, z, w_in, w_out, keep, adjoint = operands
+        f_dim, a_dim, z_dim, w_in_dim, w_out_dim, keep_dim, _ = in_dims
+        fold = Fold(info.batch_size, (w_in, w_out), (w_in_dim, w_out_dim))
+        h, p = linear_recurrence(
+            fold.sequence(f, f_dim),
+            fold.sequence(a, a_dim),
+            fold.sequence(z, z_dim),
+            fold.weight(w_in, w_in_dim),
+            fold.weight(w_out, w_out_dim),
+            fold.sequence(keep, keep_dim),
+            adjoint=adjoint,
+        )
+        return fold.unfold(h, p)

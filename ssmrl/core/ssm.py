@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ssmrl.core.base import StateModel, check_batch_size, check_dimensions, check_input, check_reset, check_state_tensor
+from ssmrl.core.perceptron import perceptron
 from ssmrl.core.scan import mlp_recurrence
 
 __all__ = ["StateSpaceModel"]
@@ -95,8 +96,10 @@ class StateSpaceModel(StateModel):
         c = torch.cat([h_0, drive]).view(num_steps + 1, batch_size, self.state_dim)
         keep = None if reset is None else ~reset.T[:, :, None]
         h = mlp_recurrence(c, mlp.hidden.weight.T, mlp.hidden.bias, mlp.out.weight.T, keep)
-        h_flat = h[1:].reshape(num_steps * batch_size, self.state_dim)
-        y = self.output_mlp(h_flat) + self.output_input(x)
+        mlp = self.output_mlp
+        h_flat = h[1:].reshape(1, num_steps * batch_size, self.state_dim)
+        f = linear(x, self.output_input.weight, self.output_input.bias + mlp.out.bias)
+        y = perceptron(h_flat, f[None], mlp.hidden.weight.T, mlp.hidden.bias, mlp.out.weight.T)
         return y.view(num_steps, batch_size, self.output_dim).transpose(0, 1), h[-1]
 
 

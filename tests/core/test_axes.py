@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ssmrl.core.axes import Fold, define_operation, from_time_major, matmul, sum_of_outer_products, time_major
+from ssmrl.core.axes import (
+    Fold,
+    add,
+    define_operation,
+    from_time_major,
+    matmul,
+    pad_to_targets,
+    sources,
+    sum_of_outer_products,
+    targets,
+    time_major,
+)
 
 N, G, T, B, S, H = 2, 3, 4, 5, 6, 7
 
@@ -19,7 +30,8 @@ def test_a_product_of_folded_operands_is_the_product_of_every_slice(groups, weig
     sequences = torch.randn(*groups, T, B, S) if dim is None else torch.randn(N, *groups, T, B, S).movedim(0, dim)
     fold = Fold(N, (weights,), (weight_dim,))
     product = matmul(fold.sequence(sequences, dim), fold.weight(weights, weight_dim))
-    unfolded, out_dim = fold.unfold(product)
+    (unfolded, again), (out_dim, _) = fold.unfold(product, 2 * product)
+    assert torch.equal(again, 2 * unfolded)
     for i in range(N):
         sequence = sequences if dim is None else sequences.select(dim, i)
         weight = weights if weight_dim is None else weights.select(weight_dim, i)
@@ -54,6 +66,23 @@ def test_time_major_is_contiguous_and_a_copy_where_asked():
         assert torch.equal(copy, groups.movedim(1, 0))
         assert copy.is_contiguous()
     assert torch.equal(from_time_major(time_major(groups)), groups)
+
+
+def test_sources_and_targets_of_steps():
+    h = torch.arange(4.0).view(4, 1, 1)
+    assert sources(h, None).flatten().tolist() == [0.0, 1.0, 2.0]
+    assert sources(h, torch.tensor([True, False, True]).view(3, 1, 1)).flatten().tolist() == [0.0, 0.0, 2.0]
+    assert targets(h).flatten().tolist() == [1.0, 2.0, 3.0]
+    assert pad_to_targets(targets(h), adjoint=False).flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert pad_to_targets(targets(h), adjoint=True).flatten().tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def test_nothing_adds_nothing():
+    x = torch.ones(2)
+    assert add(None, None) is None
+    assert add(x, None) is x
+    assert add(None, x) is x
+    assert torch.equal(add(x, x), 2 * x)
 
 
 def test_an_operation_is_one_node_of_a_trace():
