@@ -4,7 +4,8 @@ A meta-update is that of MAML: K SGD steps on every task's support set, the exac
 through them, one Adam step; float32. The engines start from the same weights and read the same data:
 
     ssmrl      MetaMAML.meta_update
-    compiled   the same with compile=True, recorded before the clock starts
+    traced     the same with compile="trace", recorded before the clock starts
+    compiled   the same with compile=True, compiled before the clock starts
     loop       Python loops over tasks and time steps, torch.autograd.grad(create_graph=True)
     higher     the `higher` library, loops over tasks and time steps
     unrolled   torch.func: vmap over tasks, the recurrence unrolled step by step
@@ -40,10 +41,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch._inductor.utils
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
@@ -54,8 +56,10 @@ from ssmrl import MetaMAML
 from ssmrl.core import functional_forward
 
 INNER_LR, OUTER_LR = 0.01, 0.001
-TOLERANCE = 1e-3
-"""Of float32 meta-gradients, relative; ReLU slopes flip where float32 rounds an activation across zero."""
+TOLERANCE = 1e-2
+"""Of float32 meta-gradients, relative, parameter by parameter. It is as wide as this because a ReLU's slope flips where
+float32 rounds an activation across zero: with seed 1 one does in rl20k5, for ssmrl and for JAX alike, which puts 2.4e-3
+into one bias. In float64, where the tests compare the engines, they agree to 1e-12."""
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -99,7 +103,7 @@ class Arguments:
 
     cases: tuple[str, ...] = ("tiny", "rl20", "rl20k5", "long")
     """Keys of CASES."""
-    engines: tuple[str, ...] = ("ssmrl", "compiled", "jax", "unrolled", "higher", "loop")
+    engines: tuple[str, ...] = ("ssmrl", "traced", "compiled", "jax", "unrolled", "higher", "loop")
     """Keys of ENGINES."""
     models: tuple[str, ...] = ("StateSpaceModel",)
     """Model families; "all" for every one that ssmrl has."""
@@ -237,7 +241,7 @@ class Engine(NamedTuple):
     compile_seconds: float | None = None
 
 
-def ssmrl_engine(problem: Problem, *, compile: bool = False) -> Engine:
+def ssmrl_engine(problem: Problem, *, compile: bool | Literal["trace"] = False) -> Engine:
     """MetaMAML.meta_update; its gradient is read when the outer optimizer gets it."""
     model = copy.deepcopy(problem.model)
     maml = MetaMAML(model, INNER_LR, OUTER_LR, inner_steps=problem.sizes.K, compile=compile)
@@ -255,12 +259,18 @@ def ssmrl_engine(problem: Problem, *, compile: bool = False) -> Engine:
     return Engine(update, gradient)
 
 
-def compiled_engine(problem: Problem) -> Engine:
-    """MetaMAML(compile=True).meta_update; another learner records first, for the time it takes."""
+def compiled_engine(problem: Problem, *, compile: Literal[True, "trace"] = True) -> Engine:
+    """MetaMAML(compile=…).meta_update; another learner compiles first, for the time it takes without a cache."""
     started = time.perf_counter()
-    ssmrl_engine(problem, compile=True).update()
+    with torch._inductor.utils.fresh_inductor_cache() if compile is True else contextlib.nullcontext():
+        ssmrl_engine(problem, compile=compile).update()
     seconds = time.perf_counter() - started
-    return ssmrl_engine(problem, compile=True)._replace(compile_seconds=seconds)
+    return ssmrl_engine(problem, compile=compile)._replace(compile_seconds=seconds)
+
+
+def traced_engine(problem: Problem) -> Engine:
+    """MetaMAML(compile="trace").meta_update."""
+    return compiled_engine(problem, compile="trace")
 
 
 def loop_engine(problem: Problem) -> Engine:
@@ -400,6 +410,7 @@ def jax_engine(problem: Problem) -> Engine:
 
 ENGINES: dict[str, Callable[[Problem], Engine]] = {
     "ssmrl": ssmrl_engine,
+    "traced": traced_engine,
     "compiled": compiled_engine,
     "jax": jax_engine,
     "unrolled": unrolled_engine,
@@ -411,7 +422,7 @@ SLOW = ("higher", "loop")
 
 def _with_adam(model: nn.Module, backward: Callable[[nn.Module], None]) -> Engine:
     """An engine of what accumulates the meta-gradient in `.grad`."""
-    adam = torch.optim.Adam(model.parameters(), lr=OUTER_LR)
+    adam = torch.optim.Adam(model.parameters(), lr=OUTER_LR, fused=True)
 
     def update() -> None:
         adam.zero_grad()

@@ -1,15 +1,18 @@
 """Axes of recurrences: time-major copies, products over all steps at once, and where a vmapped axis goes.
 
-Letters: T steps, B sequences, S and H widths, G groups with weights of their own. Sequences are (T, B, S) and weights
-(S, H), or (G, T, B, S) and (G, S, H).
+Letters: T steps, B sequences, S and H widths, G groups. Sequences are (T, B, S) and weights (S, H); or (G, T, B, S)
+with weights that all groups share, (S, H), or of their own, (G, S, H).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 __all__ = [
     "Fold",
@@ -17,35 +20,50 @@ __all__ = [
     "define_operation",
     "from_time_major",
     "matmul",
+    "over_steps",
     "pad_to_targets",
     "sources",
     "sum_of_outer_products",
     "sum_of_rows",
     "targets",
     "time_major",
+    "with_signature",
 ]
 
 _LIBRARY = torch.library.Library("ssmrl", "FRAGMENT")
 
 
-def time_major(sequence: Tensor, *, copy: bool = False) -> Tensor:
-    """Time first and contiguous, since small batched products are up to 8x faster so; with `copy`, never a view."""
+def time_major(sequence: Tensor, weight: Tensor, *, copy: bool = False) -> Tensor:
+    """(T, B, S), or (T, G, B, S) for weights of their own: what a loop over time multiplies by the weight step by step.
+
+    Groups that share the weight go into B. Contiguous, since small batched products are up to 8x faster so; with
+    `copy`, never a view.
+    """
     sequence = sequence.movedim(-3, 0)
+    sequence = sequence.flatten(1, -2) if weight.dim() == 2 else sequence
     return sequence.clone(memory_format=torch.contiguous_format) if copy else sequence.contiguous()
 
 
-def from_time_major(sequence: Tensor) -> Tensor:
-    """The inverse of `time_major`, contiguous."""
+def from_time_major(sequence: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `time_major`, contiguous, with groups and B as `like` has them."""
+    *groups, _, batch, _ = like.shape
+    sequence = sequence.unflatten(1, (*groups, batch)) if sequence.dim() < like.dim() else sequence
     return sequence.movedim(0, -3).contiguous()
 
 
-def define_operation(schema: str, compute: Callable[..., Tensor], describe: Callable[..., Tensor]) -> None:
+def with_signature(function: type[Function]) -> type[Function]:
+    """Keep the signature of `forward` with it, which `Function.apply` else works out anew at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+def define_operation(schema: str, compute: Callable[..., Any], describe: Callable[..., Any]) -> None:
     """Make `compute` the operation `torch.ops.ssmrl.<name>`, opaque to tracing; it has no derivative of its own.
 
     Args:
         schema: name, arguments and result, in PyTorch's notation.
         compute: the function.
-        describe: a function of the same arguments: an empty tensor of the result's shape, dtype, device and strides.
+        describe: a function of the same arguments: empty tensors of the results' shapes, dtypes, devices and strides.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -59,15 +77,21 @@ def matmul(sequence: Tensor, weight: Tensor) -> Tensor:
     return product.reshape(*sequence.shape[:-1], weight.shape[-1])
 
 
-def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over T and B of left^T right: (T, B, S), (T, B, H) -> (S, H)."""
-    return torch.matmul(_fold_time(left).mT, _fold_time(right))
+def sum_of_outer_products(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """Sum of left^T right over T, B and the groups that share the weight: (T, B, S), (T, B, H) -> (S, H) like it."""
+    left, right = (_fold_time(x) if weight.dim() == 3 else x.reshape(-1, x.shape[-1]) for x in (left, right))
+    return torch.matmul(left.mT, right)
 
 
-def sum_of_rows(sequence: Tensor) -> Tensor:
-    """Sum over T and B: (T, B, S) -> (S,). As a product with ones, which is up to 5x faster than `sum`."""
-    rows = _fold_time(sequence)
+def sum_of_rows(sequence: Tensor, weight: Tensor) -> Tensor:
+    """Sum over T, B and the groups that share the weight: (T, B, H) -> (H,); as a product, 5x faster than `sum`."""
+    rows = _fold_time(sequence) if weight.dim() == 3 else sequence.reshape(-1, sequence.shape[-1])
     return torch.matmul(rows.new_ones(1, rows.shape[-2]), rows).squeeze(-2)
+
+
+def over_steps(bias: Tensor) -> Tensor:
+    """(H,) -> (1, 1, H), or (G, H) -> (G, 1, 1, H): a bias as a sequence."""
+    return bias[..., None, None, :]
 
 
 def _fold_time(sequence: Tensor) -> Tensor:
@@ -77,38 +101,51 @@ def _fold_time(sequence: Tensor) -> Tensor:
 
 
 class Fold:
-    """Where a vmapped axis of size n goes: into G if any weight varies along it, else into B."""
+    """Where a vmapped axis of size n goes: into G; but into B where groups have weights and n has none.
 
-    def __init__(self, size: int, weights: tuple[Tensor, ...], dims: tuple[int | None, ...]) -> None:
+    Args:
+        size: n.
+        sequence, dim: a sequence, and where it has the axis.
+        weights, dims: weights, a matrix first, and where they have it.
+    """
+
+    def __init__(
+        self, size: int, sequence: Tensor, dim: int | None, weights: tuple[Tensor, ...], dims: tuple[int | None, ...]
+    ) -> None:
         self.size = size
-        self.has_groups = weights[0].dim() - (dims[0] is not None) == 3
-        self.into_groups = any(dim is not None for dim in dims)
+        groups = sequence.shape[: sequence.dim() - 3] if dim is None else sequence.movedim(dim, 0).shape[1:-3]
+        self.groups = tuple(groups)
+        self.weights_have_groups = weights[0].dim() - (dims[0] is not None) == 3
+        self.weights_differ = any(d is not None for d in dims)
+        self.into_batch = self.weights_have_groups and not self.weights_differ
 
     def _front(self, x: Tensor, dim: int | None) -> Tensor:
         return x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
 
     def weight(self, weight: Tensor, dim: int | None) -> Tensor:
-        if not self.into_groups:
+        if not self.weights_differ:
             return weight
         weight = self._front(weight, dim)
-        return weight.flatten(0, 1) if self.has_groups else weight
+        if self.groups and not self.weights_have_groups:
+            weight = weight.unsqueeze(1).expand(self.size, *self.groups, *weight.shape[1:])
+        return weight.flatten(0, 1) if self.groups else weight
 
-    def sequence(self, sequence: Tensor | None, dim: int | None) -> Tensor | None:
-        if sequence is None:
-            return None
+    def sequence(self, sequence: Tensor, dim: int | None) -> Tensor:
         sequence = self._front(sequence, dim)
-        if not self.into_groups:
+        if self.into_batch:
             return sequence.movedim(0, -3).flatten(-3, -2)
-        return sequence.flatten(0, 1) if self.has_groups else sequence
+        return sequence.flatten(0, 1) if self.groups else sequence
+
+    def optional(self, sequence: Tensor | None, dim: int | None) -> Tensor | None:
+        return None if sequence is None else self.sequence(sequence, dim)
 
     def unfold(self, *results: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Results with the vmapped axis restored, and where it is."""
-        if not self.into_groups:
-            return tuple(h.unflatten(-2, (self.size, h.shape[-2] // self.size)) for h in results), (
-                results[0].dim() - 2,
-            ) * len(results)
-        if self.has_groups:
-            results = tuple(h.unflatten(0, (self.size, h.shape[0] // self.size)) for h in results)
+        if self.into_batch:
+            results = tuple(x.unflatten(-2, (self.size, x.shape[-2] // self.size)) for x in results)
+            return results, (results[0].dim() - 3,) * len(results)
+        if self.groups:
+            results = tuple(x.unflatten(0, (self.size, *self.groups)) for x in results)
         return results, (0,) * len(results)
 
 

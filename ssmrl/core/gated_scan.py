@@ -28,12 +28,14 @@ from ssmrl.core.axes import (
     define_operation,
     from_time_major,
     matmul,
+    over_steps,
     pad_to_targets,
     sources,
     sum_of_outer_products,
     sum_of_rows,
     targets,
     time_major,
+    with_signature,
 )
 
 __all__ = ["GatedCell", "RecurrentWeights", "define_cell", "gated_linear_recurrence", "gated_recurrence"]
@@ -66,6 +68,7 @@ def gated_recurrence(cell: GatedCell, start: Tensor, x: Tensor, w: Tensor, b: Te
     Returns:
         v: (T+1, B, n·S), differentiable to every order in every floating-point argument.
     """
+    v: Tensor
     v, _ = _Gated.apply(cell, start, x, w, b, keep)
     return v
 
@@ -99,12 +102,13 @@ def _solve_linear(
     f: Tensor, e: Tensor | None, a: Tensor, d: Tensor, w: Tensor, keep: Tensor | None, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
     width, m = w.shape[-2], w.shape[-1] // w.shape[-2]
-    w = w.mT if adjoint else w
     results, kernel = _describe(f, m * width), "gated_adjoint" if adjoint else "gated_forward"
-    if native.run(kernel, (f, e, a, d, w, keep), results, state=width):
+    if native.run(kernel, (f, e, a, d, w, keep), results):
         return results
-    v, w = time_major(f, copy=True), w.contiguous()
-    a_at, d_at, e_at, keep_at = (None if x is None else time_major(x).unbind(0) for x in (a, d, e, keep))
+    w = w.mT if adjoint else w
+    v, w = time_major(f, w, copy=True), w.contiguous()
+    a_at, d_at = time_major(a, w).unbind(0), time_major(d, w).unbind(0)
+    e_at, keep_at = (None if x is None else time_major(x, w).unbind(0) for x in (e, keep))
     steps = range(len(v) - 1)
     u_at = [v.new_empty(0)] * len(steps)
     for t in reversed(steps) if adjoint else steps:
@@ -119,7 +123,7 @@ def _solve_linear(
             u_at[t] = torch.matmul(_h(source, width), w)
             u_at[t] = u_at[t] if e_at is None else u_at[t].add_(e_at[t])
             v[t + 1].add_(_mix(a_at[t], source, width)).add_(_mix(d_at[t], u_at[t], width))
-    return from_time_major(v), torch.stack(u_at, dim=-3) if u_at else results[1]
+    return from_time_major(v, f), from_time_major(torch.stack(u_at), f) if u_at else results[1]
 
 
 def _describe(f: Tensor, product: int) -> tuple[Tensor, Tensor]:
@@ -145,22 +149,24 @@ def define_cell(cell: GatedCell) -> None:
 
     def solve(start: Tensor, x: Tensor, w: Tensor, b: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         width, results = w.shape[-2], describe(start, x, w)
-        if native.run(cell.name, (start, x, w, b, keep), results, state=width):
+        if native.run(cell.name, (start, x, w, b, keep), results):
             return results
         bias, w = b.unsqueeze(-2), w.contiguous()
-        v_at, x_at = [time_major(start)[0]], time_major(x).unbind(0)
-        keep_at = None if keep is None else time_major(keep).unbind(0)
+        v_at, x_at = [time_major(start, w)[0]], time_major(x, w).unbind(0)
+        keep_at = None if keep is None else time_major(keep, w).unbind(0)
         u_at = []
         for t in range(len(x_at)):
             source = v_at[t] if keep_at is None else torch.where(keep_at[t], v_at[t], 0.0)
             u_at.append(torch.matmul(_h(source, width), w).add_(bias))
             v_at.append(cell.step(source, u_at[t], x_at[t]))
-        return torch.stack(v_at, dim=-3), torch.stack(u_at, dim=-3) if u_at else results[1]
+        u = from_time_major(torch.stack(u_at), start) if u_at else results[1]
+        return from_time_major(torch.stack(v_at), start), u
 
     schema = f"{cell.name}_recurrence(Tensor start, Tensor x, Tensor w, Tensor b, Tensor? keep) -> (Tensor, Tensor)"
     define_operation(schema, solve, describe)
 
 
+@with_signature
 class _Gated(Function):
     @staticmethod
     def forward(
@@ -187,8 +193,8 @@ class _Gated(Function):
             None,
             adjoint[..., :1, :, :],
             _mix_transposed(e, targets(adjoint), width) if ctx.needs_input_grad[2] else None,
-            sum_of_outer_products(_h(source, width), grad_u),
-            sum_of_rows(grad_u),
+            sum_of_outer_products(_h(source, width), grad_u, w),
+            sum_of_rows(grad_u, w),
             None,
         )
 
@@ -207,7 +213,7 @@ class _Gated(Function):
         a, d, e = ctx.cell.linearise(source, u, x)
         du = add(
             None if dw is None else matmul(_h(source, width), dw),
-            None if db is None else db[..., None, None, :].expand_as(u),
+            None if db is None else over_steps(db).expand_as(u),
         )
         dstart = torch.zeros_like(v[..., :1, :, :]) if dstart is None else dstart
         drive = torch.zeros_like(targets(v)) if dx is None else _mix(e, dx, width)
@@ -217,18 +223,19 @@ class _Gated(Function):
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         cell, start, x, w, b, keep = operands
         _, start_dim, x_dim, w_dim, b_dim, keep_dim = in_dims
-        fold = Fold(info.batch_size, (w, b), (w_dim, b_dim))
+        fold = Fold(info.batch_size, x, x_dim, (w, b), (w_dim, b_dim))
         results = _Gated.apply(
             cell,
             fold.sequence(start, start_dim),
             fold.sequence(x, x_dim),
             fold.weight(w, w_dim),
             fold.weight(b, b_dim),
-            fold.sequence(keep, keep_dim),
+            fold.optional(keep, keep_dim),
         )
         return fold.unfold(*results)
 
 
+@with_signature
 class _GatedLinear(Function):
     @staticmethod
     def forward(
@@ -257,7 +264,7 @@ class _GatedLinear(Function):
             other[1] if needs[1] else None,
             _outer(target, source, width) if needs[2] else None,
             _outer(target, u, width) if needs[3] else None,
-            sum_of_outer_products(_h(source, width), q) if needs[4] else None,
+            sum_of_outer_products(_h(source, width), q, w) if needs[4] else None,
             None,
             None,
         )
@@ -294,14 +301,14 @@ class _GatedLinear(Function):
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         f, e, a, d, w, keep, adjoint = operands
         f_dim, e_dim, a_dim, d_dim, w_dim, keep_dim, _ = in_dims
-        fold = Fold(info.batch_size, (w,), (w_dim,))
+        fold = Fold(info.batch_size, f, f_dim, (w,), (w_dim,))
         results = _GatedLinear.apply(
             fold.sequence(f, f_dim),
-            fold.sequence(e, e_dim),
+            fold.optional(e, e_dim),
             fold.sequence(a, a_dim),
             fold.sequence(d, d_dim),
             fold.weight(w, w_dim),
-            fold.sequence(keep, keep_dim),
+            fold.optional(keep, keep_dim),
             adjoint,
         )
         return fold.unfold(*results)

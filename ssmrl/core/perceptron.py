@@ -1,10 +1,11 @@
 """The perceptron relu(x W_in + b) W_out + f as an operation, differentiable to every order, with its own vmap rule.
 
-Letters: T steps, B sequences, S inputs, H hidden, O outputs, G groups with weights of their own.
+Letters: T steps, B sequences, S inputs, H hidden, O outputs, G groups.
 
-The relations are those of `ssmrl.core.scan` without the recurrence: `linear_perceptron` is the perceptron linearised, the
-backward pass of either is `linear_perceptron` with transposed weights, and the hidden activations are a second output, which
-derivatives read. So nothing of width H is computed twice, and bias, slope and sums cost no pass through memory.
+The relations are those of `ssmrl.core.scan` without the recurrence: `linear_perceptron` is the perceptron linearised,
+the backward pass of either is `linear_perceptron` with transposed weights, and the hidden activations are a second
+output, which derivatives read. So nothing of width H is computed twice, and bias, slope and sums cost no pass through
+memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ssmrl.core import native
-from ssmrl.core.axes import Fold, add, define_operation, matmul, sum_of_outer_products, sum_of_rows
+from ssmrl.core.axes import (
+    Fold,
+    add,
+    define_operation,
+    matmul,
+    over_steps,
+    sum_of_outer_products,
+    sum_of_rows,
+    with_signature,
+)
 
 __all__ = ["linear_perceptron", "perceptron"]
 
@@ -34,6 +44,7 @@ def perceptron(x: Tensor, f: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) 
     Returns:
         y: (T, B, O), differentiable to every order in every argument.
     """
+    y: Tensor
     y, _ = _Perceptron.apply(x, f, w_in, b_in, w_out)
     return y
 
@@ -60,15 +71,15 @@ def linear_perceptron(x: Tensor, a: Tensor | None, z: Tensor, w_1: Tensor, w_2: 
 
 def _compute(x: Tensor, f: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     results = _describe(x, w_in, w_out)
-    if native.run("perceptron", (x, f, w_in, b_in, w_out), results, state=x.shape[-1]):
+    if native.run("perceptron", (x, f, w_in, b_in, w_out), results):
         return results
-    z = (matmul(x, w_in) + b_in[..., None, None, :]).relu_()
+    z = (matmul(x, w_in) + over_steps(b_in)).relu_()
     return matmul(z, w_out) + f, z
 
 
 def _compute_linear(x: Tensor, a: Tensor | None, z: Tensor, w_1: Tensor, w_2: Tensor) -> tuple[Tensor, Tensor]:
     results = _describe(x, w_1, w_2)
-    if native.run("linear_perceptron", (x, a, z, w_1, w_2), results, state=x.shape[-1]):
+    if native.run("linear_perceptron", (x, a, z, w_1, w_2), results):
         return results
     p = matmul(x, w_1)
     p = (p if a is None else p + a) * z.sign()
@@ -92,9 +103,10 @@ define_operation(
 )
 
 
-# As in scan.py, all operands, or none, may have a leading axis G.
+# As in scan.py sequences may have a leading axis G, and then weights too.
 
 
+@with_signature
 class _Perceptron(Function):
     @staticmethod
     def forward(x: Tensor, f: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +129,9 @@ class _Perceptron(Function):
         return (
             grad_x,
             grad_y,
-            sum_of_outer_products(x, p),
-            sum_of_rows(p),
-            sum_of_outer_products(z, grad_y),
+            sum_of_outer_products(x, p, w_in),
+            sum_of_rows(p, w_in),
+            sum_of_outer_products(z, grad_y, w_out),
         )
 
     @staticmethod
@@ -133,7 +145,7 @@ class _Perceptron(Function):
     ) -> tuple[Tensor, Tensor]:
         x, w_in, w_out, z = ctx.saved_tensors
         a = None if dw_in is None else matmul(x, dw_in)
-        a = add(a, None if db_in is None else db_in[..., None, None, :].expand_as(z))
+        a = add(a, None if db_in is None else over_steps(db_in).expand_as(z))
         dy, dz = linear_perceptron(torch.zeros_like(x) if dx is None else dx, a, z, w_in, w_out)
         for term in (df, None if dw_out is None else matmul(z, dw_out)):
             dy = dy if term is None else dy + term
@@ -143,7 +155,7 @@ class _Perceptron(Function):
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         x, f, w_in, b_in, w_out = operands
         x_dim, f_dim, w_in_dim, b_in_dim, w_out_dim = in_dims
-        fold = Fold(info.batch_size, (w_in, b_in, w_out), (w_in_dim, b_in_dim, w_out_dim))
+        fold = Fold(info.batch_size, x, x_dim, (w_in, b_in, w_out), (w_in_dim, b_in_dim, w_out_dim))
         results = _Perceptron.apply(
             fold.sequence(x, x_dim),
             fold.sequence(f, f_dim),
@@ -154,6 +166,7 @@ class _Perceptron(Function):
         return fold.unfold(*results)
 
 
+@with_signature
 class _LinearPerceptron(Function):
     @staticmethod
     def forward(x: Tensor, a: Tensor | None, z: Tensor, w_1: Tensor, w_2: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,8 +191,8 @@ class _LinearPerceptron(Function):
             grad_x,
             q if needs[1] else None,
             None,
-            sum_of_outer_products(x, q) if needs[3] else None,
-            sum_of_outer_products(p, grad_y) if needs[4] else None,
+            sum_of_outer_products(x, q, w_1) if needs[3] else None,
+            sum_of_outer_products(p, grad_y, w_2) if needs[4] else None,
         )
 
     @staticmethod
@@ -195,10 +208,10 @@ class _LinearPerceptron(Function):
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         x, a, z, w_1, w_2 = operands
         x_dim, a_dim, z_dim, w_1_dim, w_2_dim = in_dims
-        fold = Fold(info.batch_size, (w_1, w_2), (w_1_dim, w_2_dim))
+        fold = Fold(info.batch_size, x, x_dim, (w_1, w_2), (w_1_dim, w_2_dim))
         results = _LinearPerceptron.apply(
             fold.sequence(x, x_dim),
-            fold.sequence(a, a_dim),
+            fold.optional(a, a_dim),
             fold.sequence(z, z_dim),
             fold.weight(w_1, w_1_dim),
             fold.weight(w_2, w_2_dim),

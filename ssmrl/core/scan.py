@@ -24,12 +24,14 @@ from ssmrl.core.axes import (
     define_operation,
     from_time_major,
     matmul,
+    over_steps,
     pad_to_targets,
     sources,
     sum_of_outer_products,
     sum_of_rows,
     targets,
     time_major,
+    with_signature,
 )
 
 __all__ = ["linear_recurrence", "mlp_recurrence"]
@@ -49,6 +51,7 @@ def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: T
     Returns:
         h: (T+1, B, S), differentiable to every order in every floating-point argument.
     """
+    h: Tensor
     h, _ = _MLPRecurrence.apply(c, w_in, b_in, w_out, keep)
     return h
 
@@ -89,31 +92,31 @@ def linear_recurrence(
 
 def _solve_mlp(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     results = _describe(c, w_in.shape[-1])
-    if native.run("mlp", (c, w_in, b_in, w_out, keep), results, state=c.shape[-1]):
+    if native.run("mlp", (c, w_in, b_in, w_out, keep), results):
         return results
-    h = time_major(c, copy=True)
-    z = h.new_empty(c.shape[-3] - 1, *h.shape[1:-1], w_in.shape[-1])
+    h = time_major(c, w_in, copy=True)
+    z = h.new_empty(len(h) - 1, *h.shape[1:-1], w_in.shape[-1])
     w_in, w_out, b_in = w_in.contiguous(), w_out.contiguous(), b_in.unsqueeze(-2).expand(z.shape[1:])
-    h_at, z_at, keep_at = h.unbind(0), z.unbind(0), _unbind(keep)
+    h_at, z_at, keep_at = h.unbind(0), z.unbind(0), _unbind(keep, w_in)
     for t, z_t in enumerate(z_at):
         source = h_at[t] if keep_at is None else torch.where(keep_at[t], h_at[t], 0.0)
         _product(b_in, source, w_in, out=z_t).relu_()
         _product(h_at[t + 1], z_t, w_out, out=h_at[t + 1])
-    return from_time_major(h), from_time_major(z)
+    return from_time_major(h, c), from_time_major(z, c)
 
 
 def _solve_linear(
     f: Tensor, a: Tensor | None, z: Tensor, w_in: Tensor, w_out: Tensor, keep: Tensor | None, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
-    first, second = (w_out.mT, w_in.mT) if adjoint else (w_in, w_out)
     results, kernel = _describe(f, z.shape[-1]), "linear_adjoint" if adjoint else "linear_forward"
-    if native.run(kernel, (f, a, z, first, second, keep), results, state=f.shape[-1]):
+    if native.run(kernel, (f, a, z, w_in, w_out, keep), results):
         return results
-    h = time_major(f, copy=True)
-    slope = time_major(z).sign()
+    first, second = (w_out.mT, w_in.mT) if adjoint else (w_in, w_out)
+    h = time_major(f, w_in, copy=True)
+    slope = time_major(z, w_in).sign()
     first, second = first.contiguous(), second.contiguous()
-    p = torch.empty_like(slope) if a is None else time_major(a, copy=True)
-    h_at, p_at, slope_at, keep_at = h.unbind(0), p.unbind(0), slope.unbind(0), _unbind(keep)
+    p = torch.empty_like(slope) if a is None else time_major(a, w_in, copy=True)
+    h_at, p_at, slope_at, keep_at = h.unbind(0), p.unbind(0), slope.unbind(0), _unbind(keep, w_in)
     steps = range(len(p_at))
     for t in reversed(steps) if adjoint else steps:
         source, target = (h_at[t + 1], h_at[t]) if adjoint else (h_at[t], h_at[t + 1])
@@ -124,7 +127,7 @@ def _solve_linear(
             target.add_(torch.where(keep_at[t], torch.matmul(p_t, second), 0.0))
         else:
             _product(target, p_t, second, out=target)
-    return from_time_major(h), from_time_major(p)
+    return from_time_major(h, f), from_time_major(p, f)
 
 
 def _product(start: Tensor | None, left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
@@ -136,8 +139,8 @@ def _product(start: Tensor | None, left: Tensor, right: Tensor, *, out: Tensor) 
     return torch.baddbmm(start, left, right, out=out)
 
 
-def _unbind(keep: Tensor | None) -> tuple[Tensor, ...] | None:
-    return None if keep is None else time_major(keep).unbind(0)
+def _unbind(keep: Tensor | None, weight: Tensor) -> tuple[Tensor, ...] | None:
+    return None if keep is None else time_major(keep, weight).unbind(0)
 
 
 def _describe(c: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
@@ -159,11 +162,11 @@ define_operation(
 )
 
 
-# In the two Functions all operands, or none, may have a leading axis G: weights (G, S, H), sequences
-# (G, T, B, S). Their vmap rules fold the mapped axis into B where the weights are shared and into G
-# where they are not, so that the loop over time never sees more than these axes.
+# In the two Functions sequences may have a leading axis G, (G, T, B, S), and then weights too, (G, S, H). Their vmap
+# rules fold a mapped axis into these, so that the loop over time never sees more.
 
 
+@with_signature
 class _MLPRecurrence(Function):
     @staticmethod
     def forward(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,9 +188,9 @@ class _MLPRecurrence(Function):
         source, target = sources(h, keep), targets(adjoint)
         return (
             adjoint,
-            sum_of_outer_products(source, p),
-            sum_of_rows(p),
-            sum_of_outer_products(z, target),
+            sum_of_outer_products(source, p, w_in),
+            sum_of_rows(p, w_in),
+            sum_of_outer_products(z, target, w_out),
             None,
         )
 
@@ -197,26 +200,27 @@ class _MLPRecurrence(Function):
     ) -> tuple[Tensor, Tensor]:
         w_in, w_out, keep, h, z = ctx.saved_tensors
         a = None if dw_in is None else matmul(sources(h, keep), dw_in)
-        a = add(a, None if db_in is None else db_in[..., None, None, :].expand_as(z))
+        a = add(a, None if db_in is None else over_steps(db_in).expand_as(z))
         drive = None if dw_out is None else pad_to_targets(matmul(z, dw_out), adjoint=False)
         df = add(dc, drive)
         return linear_recurrence(torch.zeros_like(h) if df is None else df, a, z, w_in, w_out, keep)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         c, w_in, b_in, w_out, keep = operands
         c_dim, w_in_dim, b_in_dim, w_out_dim, keep_dim = in_dims
-        fold = Fold(info.batch_size, (w_in, b_in, w_out), (w_in_dim, b_in_dim, w_out_dim))
-        h, z = _MLPRecurrence.apply(
+        fold = Fold(info.batch_size, c, c_dim, (w_in, b_in, w_out), (w_in_dim, b_in_dim, w_out_dim))
+        results = _MLPRecurrence.apply(
             fold.sequence(c, c_dim),
             fold.weight(w_in, w_in_dim),
             fold.weight(b_in, b_in_dim),
             fold.weight(w_out, w_out_dim),
-            fold.sequence(keep, keep_dim),
+            fold.optional(keep, keep_dim),
         )
-        return fold.unfold(h, z)
+        return fold.unfold(*results)
 
 
+@with_signature
 class _LinearRecurrence(Function):
     @staticmethod
     def forward(
@@ -246,8 +250,8 @@ class _LinearRecurrence(Function):
             other_h,
             other_p if needs[1] else None,
             None,
-            sum_of_outer_products(sources(h, keep), q) if needs[3] else None,
-            sum_of_outer_products(p, targets(mu)) if needs[4] else None,
+            sum_of_outer_products(sources(h, keep), q, w_in) if needs[3] else None,
+            sum_of_outer_products(p, targets(mu), w_out) if needs[4] else None,
             None,
             None,
         )
@@ -275,17 +279,17 @@ class _LinearRecurrence(Function):
         return linear_recurrence(df, add(a, da), z, w_in, w_out, keep, adjoint=ctx.adjoint)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         f, a, z, w_in, w_out, keep, adjoint = operands
         f_dim, a_dim, z_dim, w_in_dim, w_out_dim, keep_dim, _ = in_dims
-        fold = Fold(info.batch_size, (w_in, w_out), (w_in_dim, w_out_dim))
-        h, p = linear_recurrence(
+        fold = Fold(info.batch_size, f, f_dim, (w_in, w_out), (w_in_dim, w_out_dim))
+        results = _LinearRecurrence.apply(
             fold.sequence(f, f_dim),
-            fold.sequence(a, a_dim),
+            fold.optional(a, a_dim),
             fold.sequence(z, z_dim),
             fold.weight(w_in, w_in_dim),
             fold.weight(w_out, w_out_dim),
-            fold.sequence(keep, keep_dim),
-            adjoint=adjoint,
+            fold.optional(keep, keep_dim),
+            adjoint,
         )
-        return fold.unfold(h, p)
+        return fold.unfold(*results)

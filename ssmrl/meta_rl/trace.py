@@ -18,12 +18,18 @@ class Traced:
 
     The first call with arguments of a new structure, or of tensors with new shapes, dtypes or devices, runs the
     function once and records its tensor operations, through `grad` and `vmap`; later calls replay them. The numbers are
-    the same. What the function reads that is not an argument is recorded as it was: it must not change.
+    the same up to rounding. What the function reads that is not an argument is recorded as it was: it must not change.
+
+    Args:
+        function: the function.
+        inductor: compile what is recorded with TorchInductor, which fuses elementwise operations into kernels and calls
+            all of them from C++; it needs a C++ compiler. Else the operations are replayed one by one.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], *, inductor: bool = False) -> None:
         self.function = function
-        self._traces: dict[Any, tuple[Callable[..., list[Tensor]], Any]] = {}
+        self.inductor = inductor
+        self._traces: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     @torch.no_grad()
     def __call__(self, *arguments: Any) -> Any:
@@ -35,7 +41,7 @@ class Traced:
         replay, result_structure = self._traces[key]
         return pytree.tree_unflatten(result_structure, replay(*leaves))
 
-    def _trace(self, leaves: list[Tensor], structure: Any) -> tuple[Callable[..., list[Tensor]], Any]:
+    def _trace(self, leaves: list[Tensor], structure: Any) -> tuple[Callable[..., Any], Any]:
         result_structure = None
 
         def flat(*leaves: Tensor) -> list[Tensor]:
@@ -47,4 +53,22 @@ class Traced:
         graph = make_fx(flat)(*leaves)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return graph, result_structure
+        return (_compile(graph, leaves) if self.inductor else graph), result_structure
+
+
+def _compile(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[..., Any]:
+    from torch import _inductor  # slow to import
+
+    for node in graph.graph.nodes:
+        node.meta.clear()  # its notes on shapes are of another trace than the one that the compiler makes
+    try:
+        compiled: Callable[..., Any] = _inductor.compile(
+            graph, [leaf.detach() for leaf in leaves], options={"cpp_wrapper": True}
+        )
+    except Exception as error:
+        if "InvalidCxxCompiler" in repr(error):
+            raise RuntimeError(
+                'compile=True needs a C++ compiler, and none was found; install one, or take compile="trace".'
+            ) from error
+        raise
+    return compiled

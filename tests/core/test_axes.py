@@ -15,6 +15,7 @@ from ssmrl.core.axes import (
     pad_to_targets,
     sources,
     sum_of_outer_products,
+    sum_of_rows,
     targets,
     time_major,
 )
@@ -22,13 +23,14 @@ from ssmrl.core.axes import (
 N, G, T, B, S, H = 2, 3, 4, 5, 6, 7
 
 
-@pytest.mark.parametrize("groups", [(), (G,)])
+@pytest.mark.parametrize(("groups", "weight_groups"), [((), ()), ((G,), (G,)), ((G,), ())])
 @pytest.mark.parametrize("weight_dim", [None, 0, 1])
 @pytest.mark.parametrize("dim", [None, 0, 2])
-def test_a_product_of_folded_operands_is_the_product_of_every_slice(groups, weight_dim, dim):
-    weights = torch.randn(*groups, S, H) if weight_dim is None else torch.randn(N, *groups, S, H).movedim(0, weight_dim)
+def test_a_product_of_folded_operands_is_the_product_of_every_slice(groups, weight_groups, weight_dim, dim):
+    weight_shape = (*weight_groups, S, H)
+    weights = torch.randn(weight_shape) if weight_dim is None else torch.randn(N, *weight_shape).movedim(0, weight_dim)
     sequences = torch.randn(*groups, T, B, S) if dim is None else torch.randn(N, *groups, T, B, S).movedim(0, dim)
-    fold = Fold(N, (weights,), (weight_dim,))
+    fold = Fold(N, sequences, dim, (weights,), (weight_dim,))
     product = matmul(fold.sequence(sequences, dim), fold.weight(weights, weight_dim))
     (unfolded, again), (out_dim, _) = fold.unfold(product, 2 * product)
     assert torch.equal(again, 2 * unfolded)
@@ -39,33 +41,44 @@ def test_a_product_of_folded_operands_is_the_product_of_every_slice(groups, weig
         torch.testing.assert_close(unfolded.select(out_dim, i), expected)
 
 
-def test_shared_weights_stay_one_product_and_batched_ones_become_groups():
+def test_a_mapped_axis_becomes_groups_unless_they_have_weights_and_it_has_none():
     sequence, weight = torch.randn(N, T, B, S), torch.randn(S, H)
-    shared = Fold(N, (weight,), (None,))
+    shared = Fold(N, sequence, 0, (weight,), (None,))
     assert shared.weight(weight, None) is weight
-    assert shared.sequence(sequence, 0).shape == (T, N * B, S)
-    own = Fold(N, (weight.expand(N, S, H),), (0,))
+    assert shared.sequence(sequence, 0).shape == (N, T, B, S)
+    own = Fold(N, sequence, 0, (weight.expand(N, S, H),), (0,))
     assert own.sequence(sequence, 0).shape == (N, T, B, S)
+    of_groups = Fold(N, torch.randn(N, G, T, B, S), 0, (weight.expand(G, S, H),), (None,))
+    assert of_groups.sequence(torch.randn(N, G, T, B, S), 0).shape == (G, T, N * B, S)
+    assert of_groups.optional(None, None) is None
 
 
-def test_outer_products_are_summed_over_steps_and_batch():
+@pytest.mark.parametrize("shared", [True, False])
+def test_sums_go_over_steps_batch_and_groups_that_share_a_weight(shared):
     left, right = torch.randn(G, T, B, S), torch.randn(G, T, B, H)
-    torch.testing.assert_close(
-        sum_of_outer_products(left, right), torch.einsum("gtbs,gtbh->gsh", left, right), rtol=1e-4, atol=1e-5
-    )
+    weight = torch.empty(S, H) if shared else torch.empty(G, S, H)
+    to = "" if shared else "g"
+    expected = torch.einsum(f"gtbs,gtbh->{to}sh", left, right)
+    torch.testing.assert_close(sum_of_outer_products(left, right, weight), expected, rtol=1e-4, atol=1e-5)
+    expected = torch.einsum(f"gtbh->{to}h", right)
+    torch.testing.assert_close(sum_of_rows(right, weight), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_time_major_is_contiguous_and_a_copy_where_asked():
-    sequence = torch.randn(T, B, S)
-    assert time_major(sequence).data_ptr() == sequence.data_ptr()
-    copy = time_major(sequence, copy=True)
+    sequence, weight = torch.randn(T, B, S), torch.empty(S, H)
+    assert time_major(sequence, weight).data_ptr() == sequence.data_ptr()
+    copy = time_major(sequence, weight, copy=True)
     assert torch.equal(copy, sequence)
     assert copy.data_ptr() != sequence.data_ptr()
     groups = torch.randn(G, T, B, S)
-    for copy in (time_major(groups), time_major(groups, copy=True)):
-        assert torch.equal(copy, groups.movedim(1, 0))
-        assert copy.is_contiguous()
-    assert torch.equal(from_time_major(time_major(groups)), groups)
+    for copied in (False, True):
+        own = time_major(groups, weight.expand(G, S, H), copy=copied)
+        assert torch.equal(own, groups.movedim(1, 0))
+        shared = time_major(groups, weight, copy=copied)
+        assert torch.equal(shared, groups.movedim(1, 0).reshape(T, G * B, S))
+        for x in (own, shared):
+            assert x.is_contiguous()
+            assert torch.equal(from_time_major(x, groups), groups)
 
 
 def test_sources_and_targets_of_steps():
@@ -82,7 +95,7 @@ def test_nothing_adds_nothing():
     assert add(None, None) is None
     assert add(x, None) is x
     assert add(None, x) is x
-    assert torch.equal(add(x, x), 2 * x)
+    torch.testing.assert_close(add(x, x), 2 * x)
 
 
 def test_an_operation_is_one_node_of_a_trace():

@@ -1,9 +1,10 @@
-"""All recurrences, of scan.py and of gated_scan.py, against loops that autograd differentiates step by step."""
+"""All operations with derivatives of their own (scan.py, gated_scan.py, perceptron.py) against plain autograd."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,9 +18,10 @@ from ssmrl.core import native
 from ssmrl.core.gated_scan import gated_linear_recurrence, gated_recurrence
 from ssmrl.core.gru import _GRUCell
 from ssmrl.core.lstm import _LSTMCell
+from ssmrl.core.perceptron import linear_perceptron, perceptron
 from ssmrl.core.scan import linear_recurrence, mlp_recurrence
 
-T, B, S, H = 3, 2, 2, 3
+T, B, S, H, OUT = 3, 2, 2, 3, 4
 KEEP = torch.tensor([[True, False], [False, True], [True, True]])[..., None]
 
 
@@ -27,7 +29,7 @@ def randn(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------- step by step, from the docstrings
+# ------------------------------------------------------------------------------------ step by step, from the docstrings
 
 
 def forget(keep, t, x):
@@ -42,7 +44,8 @@ def mlp_loop(c, w_in, b_in, w_out, *, keep=None):
 
 
 def linear_loop(f, a, w_in, w_out, *, z, keep=None, adjoint=False):
-    h, p, slope = [f[-1 if adjoint else 0]], [], (z > 0).to(z.dtype)
+    h, slope = [f[-1 if adjoint else 0]], (z > 0).to(z.dtype)
+    p: list[torch.Tensor] = []
     for t in reversed(range(len(a))) if adjoint else range(len(a)):
         if adjoint:
             p.insert(0, (h[0] @ w_out.T + a[t]) * slope[t])
@@ -65,7 +68,8 @@ def gated_linear_loop(f, e, a, d, w, *, keep=None, adjoint=False):
     width, m = w.shape[0], w.shape[1] // w.shape[0]
     n = f.shape[-1] // width
     a, d = a.unflatten(-1, (n, n, width)), d.unflatten(-1, (n, m, width))
-    v, u = [f[-1 if adjoint else 0]], []
+    v = [f[-1 if adjoint else 0]]
+    u: list[torch.Tensor] = []
     for t in reversed(range(len(a))) if adjoint else range(len(a)):
         if adjoint:
             target = v[0].unflatten(-1, (n, width))
@@ -80,6 +84,15 @@ def gated_linear_loop(f, e, a, d, w, *, keep=None, adjoint=False):
             state = torch.einsum("bijs,bjs->bis", a[t], source.unflatten(-1, (n, width)))
             v.append((state + product).flatten(-2) + f[t + 1])
     return torch.stack(v), torch.stack(u)
+
+
+def plain_perceptron(x, f, w_in, b_in, w_out):
+    return (x @ w_in + b_in).relu() @ w_out + f
+
+
+def plain_linear_perceptron(x, a, w_1, w_2, *, z):
+    p = (x @ w_1 + a) * (z > 0)
+    return p @ w_2, p
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
@@ -102,6 +115,19 @@ def gated_linear_operands(n, m):
     return *sequences, randn(T, B, n * n * S, seed=4), randn(T, B, n * m * S, seed=5), randn(S, m * S, seed=6)
 
 
+def perceptron_operands():
+    w_in, b_in, w_out = randn(S, H, seed=1), randn(H, seed=2), randn(H, OUT, seed=3)
+    return randn(T, B, S, seed=0), randn(T, B, OUT, seed=4), w_in, b_in, w_out
+
+
+def linear_perceptron_operands():
+    return randn(T, B, S, seed=0), randn(T, B, H, seed=4), randn(S, H, seed=1), randn(H, OUT, seed=3)
+
+
+def linear_perceptron_with_z(x, a, w_1, w_2, *, z):
+    return linear_perceptron(x, a, z.expand(*a.shape), w_1, w_2)
+
+
 def with_z(f, a, w_in, w_out, *, z, keep=None, adjoint=False):
     return linear_recurrence(f, a, z.expand(*a.shape), w_in, w_out, keep, adjoint=adjoint)
 
@@ -110,7 +136,7 @@ def with_cell(start, x, w, b, *, cell, keep=None):
     return gated_recurrence(cell, start, x, w, b, keep)
 
 
-CASES = {}
+CASES: dict[str, Any] = {}
 Z = randn(T, B, H, seed=9).relu()
 for label, options in (("", {}), (", resets", {"keep": KEEP})):
     CASES[f"mlp{label}"] = mlp_recurrence, mlp_loop, mlp_operands(), options
@@ -124,10 +150,14 @@ for label, options in (("", {}), (", resets", {"keep": KEEP})):
             CASES[f"gated linear {n}x{m}{direction}{label}"] = case
 
 
+CASES["perceptron"] = perceptron, plain_perceptron, perceptron_operands(), {}
+CASES["linear perceptron"] = linear_perceptron_with_z, plain_linear_perceptron, linear_perceptron_operands(), {"z": Z}
+
+
 @contextlib.contextmanager
 def loops_in(language):
     """Time loops in C++, if they are there, or in Python."""
-    with contextlib.nullcontext() if language == "C++" else mock.patch.object(native, "run", lambda *_, **__: False):
+    with contextlib.nullcontext() if language == "C++" else mock.patch.object(native, "run", return_value=False):
         yield
 
 
@@ -252,7 +282,7 @@ def test_operands_are_left_alone(case):
     assert all(torch.equal(x, y) for x, y in zip(operands, copies, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------ of scan.py alone
+# ----------------------------------------------------------------------------------------------------- of scan.py alone
 
 
 @in_both_languages
@@ -271,10 +301,10 @@ def test_two_steps_by_hand():
 
 
 def test_vmapped_masks_differ_between_tasks():
-    operands = mlp_operands()
+    c, w_in, b_in, w_out = mlp_operands()
     keep = randn(3, T, B, 1, seed=7) > 0
-    ours = vmap(lambda k: mlp_recurrence(*operands, k))(keep)
-    close(ours, torch.stack([mlp_loop(*operands, keep=k) for k in keep]))
+    ours = vmap(lambda k: mlp_recurrence(c, w_in, b_in, w_out, k))(keep)
+    close(ours, torch.stack([mlp_loop(c, w_in, b_in, w_out, keep=k) for k in keep]))
 
 
 @in_both_languages

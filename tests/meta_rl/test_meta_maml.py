@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -1062,16 +1063,31 @@ class _Scaled(nn.Module):
         return self.frozen * self.inner(x) + self.shift
 
 
-def compiled_pair(make, **options):
+def compiled_pair(make, compile="trace", **options):
     torch.manual_seed(0)
     model = make().double()
     twin = copy.deepcopy(model)
-    return MetaMAML(model, **options), MetaMAML(twin, **options, compile=True)
+    return MetaMAML(model, **options), MetaMAML(twin, **options, compile=compile)
 
 
 def same_after(eager, compiled, *arguments):
     assert eager.meta_update(*arguments) == pytest.approx(compiled.meta_update(*arguments), rel=1e-12)
     torch.testing.assert_close(weights(compiled.model), weights(eager.model), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="TorchInductor needs a C++ compiler")
+def test_an_update_compiled_by_inductor_equals_an_eager_one():
+    eager, compiled = compiled_pair(lambda: StateSpaceModel(S, D, O, 4), compile=True, inner_steps=2)
+    for seed in range(3):
+        _, tasks = draw((3, 4), (3, 4), seed=seed)
+        same_after(eager, compiled, tasks)
+    assert len(compiled._traced) == 1
+
+
+@pytest.mark.parametrize("value", ["inductor", None, 2])
+def test_an_unknown_way_to_compile_is_refused(value):
+    with pytest.raises(ValueError, match=r'compile must be True, False or "trace"; got'):
+        MetaMAML(nn.Linear(D, O), compile=value)
 
 
 @pytest.mark.parametrize("first_order", [False, True])

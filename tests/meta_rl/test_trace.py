@@ -53,6 +53,13 @@ def test_results_carry_no_graph():
     assert not traced(x).requires_grad
 
 
+def test_a_missing_compiler_is_named():
+    traced = Traced(lambda x: x.sin() * 2, inductor=True)
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False})
+    with without, pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
+        traced(torch.zeros(100))
+
+
 @pytest.mark.parametrize("model", [StateSpaceModel(3, 2, 1, 4), GRU(3, 2, 1), LSTM(3, 2, 1)], ids=str)
 def test_a_recurrence_is_one_node_whatever_its_length(model):
     params = {name: p.detach() for name, p in model.named_parameters()}

@@ -1,11 +1,11 @@
 // The loops of ssmrl.core.scan, gated_scan and perceptron on the CPU, in float and double.
 //
-// Letters: G groups with weights of their own, T steps, B sequences, S state, H hidden, O outputs; n state blocks, m product
+// Letters: G groups, which share their weights or have their own, T steps, B sequences, S state, H hidden, O outputs; n state blocks, m product
 // blocks.
-// Arrays are contiguous: sequences (G, T, B, width), weights (G, inner, outer), a mask (G, T, B).
+// Arrays are contiguous: sequences (G, T, B, width), weights (inner, outer) or (G, inner, outer), a mask (G, T, B).
 //
-// A unit of work is some sequences of one group through all T steps, so that weights and states stay in cache and threads
-// never wait for each other between steps. The functions of OpenMP come from the process that loads the library, so that it
+// A unit of work is some sequences with the same weights through all T steps, so that weights and states stay in cache and
+// threads never wait for each other between steps. The functions of OpenMP come from the process that loads the library, so that it
 // runs on the threads that PyTorch has.
 
 #include <cstddef>
@@ -29,67 +29,80 @@ struct Rows {
     }
 };
 
-template <class real>
+template <class real, int bytes>
 struct Vector {
-    typedef real type __attribute__((vector_size(64), aligned(alignof(real)), may_alias));
-    static constexpr index width = 64 / sizeof(real);
+    typedef real type __attribute__((vector_size(bytes), aligned(alignof(real)), may_alias));
 };
 
-// out[r, 0:V*width] = start[r] + sum_k x[r, k] w[k] for R rows, in registers; rows of w are n long.
-template <class real, int R, int V>
+// out[r, 0:V*width] = start[r] + sum_k x[r, k] w[k] for R rows, in registers, where V vectors are `width` long each; rows of w
+// are n long. An addition waits four cycles for the one before: with few rows and vectors, P partial sums take turns.
+template <class real, int R, int V, int bytes>
 inline void block(Rows<const real> x, index inner, const real* w, index n, Rows<const real> start, Rows<real> out) {
-    using vector = typename Vector<real>::type;
-    constexpr index width = Vector<real>::width;
-    vector sum[R][V] = {};
+    using vector = typename Vector<real, bytes>::type;
+    constexpr index width = bytes / sizeof(real);
+    constexpr int P = R * V >= 4 ? 1 : 4;
+    vector sum[P][R][V] = {};
     if (start.first)
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sum[r][v] = *reinterpret_cast<const vector*>(start[r] + v * width);
-    for (index k = 0; k < inner; k++) {
+            for (int v = 0; v < V; v++) sum[0][r][v] = *reinterpret_cast<const vector*>(start[r] + v * width);
+    const auto add = [&](index k, int p) {
         vector row[V];
         for (int v = 0; v < V; v++) row[v] = *reinterpret_cast<const vector*>(w + k * n + v * width);
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sum[r][v] += x[r][k] * row[v];
-    }
+            for (int v = 0; v < V; v++) sum[p][r][v] += x[r][k] * row[v];
+    };
+    index k = 0;
+    for (; k + P <= inner; k += P)
+        for (int p = 0; p < P; p++) add(k + p, p);
+    for (; k < inner; k++) add(k, 0);
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) *reinterpret_cast<vector*>(out[r] + v * width) = sum[r][v];
+        for (int v = 0; v < V; v++) {
+            for (int p = 1; p < P; p++) sum[0][r][v] += sum[p][r][v];
+            *reinterpret_cast<vector*>(out[r] + v * width) = sum[0][r][v];
+        }
 }
 
 // V vectors of columns for any number of rows.
-template <class real, int V>
+template <class real, int V, int bytes>
 inline void columns(index rows, Rows<const real> x, index inner, const real* w, index n, Rows<const real> start,
                     Rows<real> out) {
     index r = 0;
-    for (; r + 4 <= rows; r += 4) block<real, 4, V>(x.from(r, 0), inner, w, n, start.from(r, 0), out.from(r, 0));
-    for (; r + 2 <= rows; r += 2) block<real, 2, V>(x.from(r, 0), inner, w, n, start.from(r, 0), out.from(r, 0));
-    for (; r < rows; r++) block<real, 1, V>(x.from(r, 0), inner, w, n, start.from(r, 0), out.from(r, 0));
+    for (; r + 4 <= rows; r += 4)
+        block<real, 4, V, bytes>(x.from(r, 0), inner, w, n, start.from(r, 0), out.from(r, 0));
+    for (; r + 2 <= rows; r += 2)
+        block<real, 2, V, bytes>(x.from(r, 0), inner, w, n, start.from(r, 0), out.from(r, 0));
+    for (; r < rows; r++) block<real, 1, V, bytes>(x.from(r, 0), inner, w, n, start.from(r, 0), out.from(r, 0));
 }
 
-// out (rows, n) = start (rows, n) + x (rows, inner) w (inner, n). `start` must not overlap `out`: the last columns may be
+// The columns from j on in vectors of `bytes`, the last of which goes back over columns that are done already.
+template <class real, int bytes>
+inline void rest(index j, index rows, Rows<const real> x, index inner, const real* w, index n, Rows<const real> start,
+                 Rows<real> out) {
+    constexpr index width = bytes / sizeof(real);
+    for (; j < n; j += width) {
+        j = j + width > n ? n - width : j;
+        columns<real, 1, bytes>(rows, x, inner, w + j, n, start.from(0, j), out.from(0, j));
+    }
+}
+
+// out (rows, n) = start (rows, n) + x (rows, inner) w (inner, n). `start` must not overlap `out`: some columns may be
 // computed twice.
 template <class real>
 inline void product(index rows, Rows<const real> x, index inner, const real* w, index n, Rows<const real> start,
                     Rows<real> out) {
-    constexpr index width = Vector<real>::width;
-    if (n < width) {
-        for (index r = 0; r < rows; r++) {
-            real sum[width] = {};
-            for (index j = 0; j < n; j++) sum[j] = start.first ? start[r][j] : 0;
-            for (index k = 0; k < inner; k++)
-                for (index j = 0; j < n; j++) sum[j] += x[r][k] * w[k * n + j];
-            for (index j = 0; j < n; j++) out[r][j] = sum[j];
-        }
-        return;
-    }
+    constexpr index width = 64 / sizeof(real);
     index j = 0;
     if (rows == 1)  // more columns at once, so that additions need not wait for each other
         for (; j + 8 * width <= n; j += 8 * width)
-            block<real, 1, 8>(x, inner, w + j, n, start.from(0, j), out.from(0, j));
+            block<real, 1, 8, 64>(x, inner, w + j, n, start.from(0, j), out.from(0, j));
     for (; j + 2 * width <= n; j += 2 * width)
-        columns<real, 2>(rows, x, inner, w + j, n, start.from(0, j), out.from(0, j));
-    for (; j < n; j += width) {
-        j = j + width > n ? n - width : j;
-        columns<real, 1>(rows, x, inner, w + j, n, start.from(0, j), out.from(0, j));
-    }
+        columns<real, 2, 64>(rows, x, inner, w + j, n, start.from(0, j), out.from(0, j));
+    if (n >= width)
+        rest<real, 64>(j, rows, x, inner, w, n, start, out);
+    else if (n >= index(16 / sizeof(real)))
+        rest<real, 16>(j, rows, x, inner, w, n, start, out);
+    else
+        rest<real, sizeof(real)>(j, rows, x, inner, w, n, start, out);
 }
 
 // out += left right, elementwise.
@@ -102,33 +115,77 @@ inline void multiply_add(const real* left, const real* right, real* __restrict o
 
 struct Shape {
     index groups, steps, batch, state, hidden, out;
+    index shared;      // whether groups share their weights
+    index transposed;  // bit i: operand i, a weight (inner, outer), lies in memory as (outer, inner)
 };
 
-// Sequences row..row+rows of a group.
+// Sequences row..row+rows of a group; or, of that many groups from this one on, sequence `row`.
 struct Unit {
     index group, row, rows;
+    bool across_groups;
 };
 
 // What a unit sees of a sequence (G, steps, B, width); none if there is no such operand.
 template <class real>
 struct Sequence {
     real* data;
-    index step, width;
+    index step, stride;
     Sequence(void* operand, const Shape& s, const Unit& u, index steps, index width)
         : data(operand ? static_cast<real*>(operand) + (u.group * steps * s.batch + u.row) * width : nullptr),
           step(s.batch * width),
-          width(width) {}
-    Rows<real> operator[](index t) const { return data ? Rows<real>{data + t * step, width} : Rows<real>{nullptr, 0}; }
+          stride(u.across_groups ? steps * s.batch * width : width) {}
+    Rows<real> operator[](index t) const { return data ? Rows<real>{data + t * step, stride} : Rows<real>{nullptr, 0}; }
+};
+
+// A unit's weight (inner, outer), row by row; a transposed copy where memory has it column by column. `mirrored` asks for the
+// transpose of what the operand is.
+template <class real>
+struct Weight {
+    const real* data;
+    real* scratch = nullptr;
+    Weight(void* const* operands, int i, const Shape& s, const Unit& u, index inner, index outer, bool mirrored = false)
+        : data(static_cast<const real*>(operands[i]) + (s.shared ? 0 : u.group * inner * outer)) {
+        if ((s.transposed >> i & 1) == mirrored) return;
+        scratch = static_cast<real*>(std::malloc(inner * outer * sizeof(real)));
+        constexpr index tile = 16;
+        for (index j0 = 0; j0 < outer; j0 += tile)
+            for (index k0 = 0; k0 < inner; k0 += tile)
+                for (index k = k0; k < inner && k < k0 + tile; k++)
+                    for (index j = j0; j < outer && j < j0 + tile; j++) scratch[k * outer + j] = data[j * inner + k];
+        data = scratch;
+    }
+    ~Weight() { std::free(scratch); }
+    Weight(const Weight&) = delete;
 };
 
 template <class real>
-const real* of_group(void* operand, const Unit& u, index size) {
-    return static_cast<const real*>(operand) + u.group * size;
+Rows<const real> bias(void* operand, const Shape& s, const Unit& u, index size) {
+    return {static_cast<const real*>(operand) + (s.shared ? 0 : u.group * size), 0};
 }
 
 template <class real>
-void copy(Rows<const real> from, Rows<real> to, index rows) {
-    for (index i = 0; i < rows * to.stride; i++) to.first[i] = from.first[i];
+void copy(Rows<const real> from, Rows<real> to, index rows, index width) {
+    for (index r = 0; r < rows; r++)
+        for (index i = 0; i < width; i++) to[r][i] = from[r][i];
+}
+
+// max(x, 0), where NaN stays NaN.
+template <class real>
+void rectify(Rows<real> x, index rows, index width) {
+    for (index r = 0; r < rows; r++) {
+        real* row = x[r];
+        for (index i = 0; i < width; i++) row[i] = row[i] < 0 ? 0 : row[i];
+    }
+}
+
+// x relu'(z), where NaN in z stays NaN.
+template <class real>
+void multiply_by_slope(Rows<real> x, Rows<const real> z, index rows, index width) {
+    for (index r = 0; r < rows; r++) {
+        real* row = x[r];
+        const real* z_row = z[r];
+        for (index i = 0; i < width; i++) row[i] = z_row[i] > 0 ? row[i] : z_row[i] * 0;
+    }
 }
 
 template <class real>
@@ -159,45 +216,41 @@ struct Masked {
 template <class real>
 inline void mlp(const Shape& s, const Unit& u, void* const* operands) {
     const Sequence<const real> c(operands[0], s, u, s.steps + 1, s.state);
-    const real* w_in = of_group<real>(operands[1], u, s.state * s.hidden);
-    const Rows<const real> b{of_group<real>(operands[2], u, s.hidden), 0};
-    const real* w_out = of_group<real>(operands[3], u, s.state * s.hidden);
+    const Weight<real> w_in(operands, 1, s, u, s.state, s.hidden), w_out(operands, 3, s, u, s.hidden, s.state);
+    const Rows<const real> b = bias<real>(operands[2], s, u, s.hidden);
     const Sequence<const uint8_t> keep(operands[4], s, u, s.steps, 1);
     const Sequence<real> h(operands[5], s, u, s.steps + 1, s.state), z(operands[6], s, u, s.steps, s.hidden);
     const Masked<real> masked(keep.data, u.rows, s.state);
 
-    copy(c[0], h[0], u.rows);
+    copy(c[0], h[0], u.rows, s.state);
     for (index t = 0; t < s.steps; t++) {
-        product(u.rows, masked(constant(h[t]), keep[t]), s.state, w_in, s.hidden, b, z[t]);
-        real* z_t = z[t].first;
-        for (index i = 0; i < u.rows * s.hidden; i++) z_t[i] = z_t[i] < 0 ? 0 : z_t[i];  // NaN stays NaN
-        product(u.rows, constant(z[t]), s.hidden, w_out, s.state, c[t + 1], h[t + 1]);
+        product(u.rows, masked(constant(h[t]), keep[t]), s.state, w_in.data, s.hidden, b, z[t]);
+        rectify(z[t], u.rows, s.hidden);
+        product(u.rows, constant(z[t]), s.hidden, w_out.data, s.state, c[t + 1], h[t + 1]);
     }
 }
 
-// f, a?, z, w_1, w_2, keep? -> h, p: h_0 = f_0, p_t = ((k_t h_{t-1}) W_1 + a_t) relu'(z_t), h_t = p_t W_2 + f_t. Adjoint, for
-// transposed weights: h_T = f_T, p_t = (h_t W_1 + a_t) relu'(z_t), h_{t-1} = k_t (p_t W_2) + f_{t-1}.
+// f, a?, z, w_in, w_out, keep? -> h, p: h_0 = f_0, p_t = ((k_t h_{t-1}) W_in + a_t) relu'(z_t), h_t = p_t W_out + f_t. Adjoint:
+// h_T = f_T, p_t = (h_t W_out^T + a_t) relu'(z_t), h_{t-1} = k_t (p_t W_in^T) + f_{t-1}.
 template <class real, bool adjoint>
 inline void linear(const Shape& s, const Unit& u, void* const* operands) {
     const Sequence<const real> f(operands[0], s, u, s.steps + 1, s.state);
     const Sequence<const real> a(operands[1], s, u, s.steps, s.hidden), z(operands[2], s, u, s.steps, s.hidden);
-    const real* w_1 = of_group<real>(operands[3], u, s.state * s.hidden);
-    const real* w_2 = of_group<real>(operands[4], u, s.state * s.hidden);
+    const Weight<real> w_1(operands, adjoint ? 4 : 3, s, u, s.state, s.hidden, adjoint);
+    const Weight<real> w_2(operands, adjoint ? 3 : 4, s, u, s.hidden, s.state, adjoint);
     const Sequence<const uint8_t> keep(operands[5], s, u, s.steps, 1);
     const Sequence<real> h(operands[6], s, u, s.steps + 1, s.state), p(operands[7], s, u, s.steps, s.hidden);
     const Masked<real> masked(keep.data, u.rows, adjoint ? s.hidden : s.state);
 
     const index start = adjoint ? s.steps : 0;
-    copy(f[start], h[start], u.rows);
+    copy(f[start], h[start], u.rows, s.state);
     for (index i = 0; i < s.steps; i++) {
         const index t = adjoint ? s.steps - 1 - i : i, source = t + adjoint, target = t + !adjoint;
         const Rows<const real> x = constant(h[source]);
-        product(u.rows, adjoint ? x : masked(x, keep[t]), s.state, w_1, s.hidden, a[t], p[t]);
-        real* p_t = p[t].first;
-        const real* z_t = z[t].first;
-        for (index j = 0; j < u.rows * s.hidden; j++) p_t[j] = z_t[j] > 0 ? p_t[j] : z_t[j] * 0;  // NaN stays NaN
+        product(u.rows, adjoint ? x : masked(x, keep[t]), s.state, w_1.data, s.hidden, a[t], p[t]);
+        multiply_by_slope(p[t], z[t], u.rows, s.hidden);
         const Rows<const real> y = constant(p[t]);
-        product(u.rows, adjoint ? masked(y, keep[t]) : y, s.hidden, w_2, s.state, f[target], h[target]);
+        product(u.rows, adjoint ? masked(y, keep[t]) : y, s.hidden, w_2.data, s.state, f[target], h[target]);
     }
 }
 template <class real>
@@ -222,16 +275,15 @@ void for_pieces(index rows, Map map) {
 template <class real>
 inline void perceptron(const Shape& s, const Unit& u, void* const* operands) {
     const Sequence<const real> x(operands[0], s, u, s.steps, s.state), f(operands[1], s, u, s.steps, s.out);
-    const real* w_in = of_group<real>(operands[2], u, s.state * s.hidden);
-    const Rows<const real> b{of_group<real>(operands[3], u, s.hidden), 0};
-    const real* w_out = of_group<real>(operands[4], u, s.hidden * s.out);
+    const Weight<real> w_in(operands, 2, s, u, s.state, s.hidden), w_out(operands, 4, s, u, s.hidden, s.out);
+    const Rows<const real> b = bias<real>(operands[3], s, u, s.hidden);
     const Sequence<real> y(operands[5], s, u, s.steps, s.out), z(operands[6], s, u, s.steps, s.hidden);
     for (index t = 0; t < s.steps; t++)
         for_pieces(u.rows, [&](index r, index rows) {
             const Rows<real> z_t = z[t].from(r, 0);
-            product(rows, x[t].from(r, 0), s.state, w_in, s.hidden, b, z_t);
-            for (index i = 0; i < rows * s.hidden; i++) z_t.first[i] = z_t.first[i] < 0 ? 0 : z_t.first[i];
-            product(rows, constant(z_t), s.hidden, w_out, s.out, f[t].from(r, 0), y[t].from(r, 0));
+            product(rows, x[t].from(r, 0), s.state, w_in.data, s.hidden, b, z_t);
+            rectify(z_t, rows, s.hidden);
+            product(rows, constant(z_t), s.hidden, w_out.data, s.out, f[t].from(r, 0), y[t].from(r, 0));
         });
 }
 
@@ -240,17 +292,14 @@ template <class real>
 inline void linear_perceptron(const Shape& s, const Unit& u, void* const* operands) {
     const Sequence<const real> x(operands[0], s, u, s.steps, s.state);
     const Sequence<const real> a(operands[1], s, u, s.steps, s.hidden), z(operands[2], s, u, s.steps, s.hidden);
-    const real* w_1 = of_group<real>(operands[3], u, s.state * s.hidden);
-    const real* w_2 = of_group<real>(operands[4], u, s.hidden * s.out);
+    const Weight<real> w_1(operands, 3, s, u, s.state, s.hidden), w_2(operands, 4, s, u, s.hidden, s.out);
     const Sequence<real> y(operands[5], s, u, s.steps, s.out), p(operands[6], s, u, s.steps, s.hidden);
     for (index t = 0; t < s.steps; t++)
         for_pieces(u.rows, [&](index r, index rows) {
             const Rows<real> p_t = p[t].from(r, 0);
-            product(rows, x[t].from(r, 0), s.state, w_1, s.hidden, a[t].from(r, 0), p_t);
-            const real* z_t = z[t].from(r, 0).first;
-            for (index i = 0; i < rows * s.hidden; i++)
-                p_t.first[i] = z_t[i] > 0 ? p_t.first[i] : z_t[i] * 0;  // NaN stays NaN
-            product(rows, constant(p_t), s.hidden, w_2, s.out, Rows<const real>{nullptr, 0}, y[t].from(r, 0));
+            product(rows, x[t].from(r, 0), s.state, w_1.data, s.hidden, a[t].from(r, 0), p_t);
+            multiply_by_slope(p_t, z[t].from(r, 0), rows, s.hidden);
+            product(rows, constant(p_t), s.hidden, w_2.data, s.out, Rows<const real>{nullptr, 0}, y[t].from(r, 0));
         });
 }
 
@@ -263,16 +312,16 @@ inline void gated_forward(const Shape& s, const Unit& unit, void* const* operand
     const index S = s.state, n = s.out / S, m = s.hidden / S, rows = unit.rows;
     const Sequence<const real> f(operands[0], s, unit, s.steps + 1, n * S), e(operands[1], s, unit, s.steps, m * S);
     const Sequence<const real> a(operands[2], s, unit, s.steps, n * n * S), d(operands[3], s, unit, s.steps, n * m * S);
-    const real* w = of_group<real>(operands[4], unit, S * m * S);
+    const Weight<real> w(operands, 4, s, unit, S, m * S);
     const Sequence<const uint8_t> keep(operands[5], s, unit, s.steps, 1);
     const Sequence<real> v(operands[6], s, unit, s.steps + 1, n * S), u(operands[7], s, unit, s.steps, m * S);
     const Masked<real> masked(keep.data, rows, n * S);
 
-    copy(f[0], v[0], rows);
+    copy(f[0], v[0], rows, n * S);
     for (index t = 0; t < s.steps; t++) {
         const Rows<const real> source = masked(constant(v[t]), keep[t]);
-        product(rows, source, S, w, m * S, e[t], u[t]);
-        copy(f[t + 1], v[t + 1], rows);
+        product(rows, source, S, w.data, m * S, e[t], u[t]);
+        copy(f[t + 1], v[t + 1], rows, n * S);
         for (index r = 0; r < rows; r++)
             for (index i = 0; i < n; i++) {
                 real* out = v[t + 1][r] + i * S;
@@ -282,22 +331,21 @@ inline void gated_forward(const Shape& s, const Unit& unit, void* const* operand
     }
 }
 
-// The adjoint, for the transposed weight: q_t = D_t^T v_t + e_t, v_{t-1} = k_t (A_t^T v_t + P q_t W) + f_{t-1}, where P puts
-// a block in the place of h.
+// The adjoint: q_t = D_t^T v_t + e_t, v_{t-1} = k_t (A_t^T v_t + P q_t W^T) + f_{t-1}, where P puts a block in the place of h.
 template <class real>
 inline void gated_adjoint(const Shape& s, const Unit& unit, void* const* operands) {
     const index S = s.state, n = s.out / S, m = s.hidden / S, rows = unit.rows;
     const Sequence<const real> f(operands[0], s, unit, s.steps + 1, n * S), e(operands[1], s, unit, s.steps, m * S);
     const Sequence<const real> a(operands[2], s, unit, s.steps, n * n * S), d(operands[3], s, unit, s.steps, n * m * S);
-    const real* w = of_group<real>(operands[4], unit, S * m * S);
+    const Weight<real> w(operands, 4, s, unit, m * S, S, true);
     const Sequence<const uint8_t> keep(operands[5], s, unit, s.steps, 1);
     const Sequence<real> v(operands[6], s, unit, s.steps + 1, n * S), q(operands[7], s, unit, s.steps, m * S);
-    const Masked<real> masked(keep.data, rows, m * S), rest(true, rows, S);
+    const Masked<real> masked(keep.data, rows, m * S), others(true, rows, S);
 
-    copy(f[s.steps], v[s.steps], rows);
+    copy(f[s.steps], v[s.steps], rows, n * S);
     for (index t = s.steps - 1; t >= 0; t--) {
         const Rows<real> source = v[t + 1];
-        copy(f[t], v[t], rows);
+        copy(f[t], v[t], rows, n * S);
         for (index r = 0; r < rows; r++) {
             for (index k = 0; k < m; k++) {
                 real* out = q[t][r] + k * S;
@@ -310,8 +358,8 @@ inline void gated_adjoint(const Shape& s, const Unit& unit, void* const* operand
                     multiply_add(a[t][r] + (i * n + j) * S, source[r] + i * S, v[t][r] + j * S, S);
         }
         for (index r = 0; r < rows; r++)
-            for (index x = 0; x < S; x++) rest.scratch[r * S + x] = v[t][r][x];
-        product(rows, masked(constant(q[t]), keep[t]), m * S, w, S, Rows<const real>{rest.scratch, S}, v[t]);
+            for (index x = 0; x < S; x++) others.scratch[r * S + x] = v[t][r][x];
+        product(rows, masked(constant(q[t]), keep[t]), m * S, w.data, S, Rows<const real>{others.scratch, S}, v[t]);
     }
 }
 
@@ -392,16 +440,16 @@ template <class Cell, class real>
 inline void cell(const Shape& s, const Unit& unit, void* const* operands) {
     const index S = s.state, n = Cell::n * S, m = Cell::m * S;
     const Sequence<const real> start(operands[0], s, unit, 1, n), x(operands[1], s, unit, s.steps, m);
-    const real* w = of_group<real>(operands[2], unit, S * m);
-    const Rows<const real> b{of_group<real>(operands[3], unit, m), 0};
+    const Weight<real> w(operands, 2, s, unit, S, m);
+    const Rows<const real> b = bias<real>(operands[3], s, unit, m);
     const Sequence<const uint8_t> keep(operands[4], s, unit, s.steps, 1);
     const Sequence<real> v(operands[5], s, unit, s.steps + 1, n), u(operands[6], s, unit, s.steps, m);
     const Masked<real> masked(keep.data, unit.rows, n);
 
-    copy(start[0], v[0], unit.rows);
+    copy(start[0], v[0], unit.rows, n);
     for (index t = 0; t < s.steps; t++) {
         const Rows<const real> source = masked(constant(v[t]), keep[t]);
-        product(unit.rows, source, S, w, m, b, u[t]);
+        product(unit.rows, source, S, w.data, m, b, u[t]);
         for (index r = 0; r < unit.rows; r++) Cell::step(S, source[r], u[t][r], x[t][r], v[t + 1][r]);
     }
 }
@@ -416,27 +464,32 @@ inline void lstm(const Shape& s, const Unit& u, void* const* operands) {
 
 // ------------------------------------------------------------------------------------------------------- entry points
 
-// Runs a kernel for all units: rows of a group in multiples of four, and about four units for every thread.
+// Runs a kernel for all units: rows in multiples of four, and about four units for every thread. Where groups share their
+// weights and are small, a unit goes across them.
 void run(void (*kernel)(const Shape&, const Unit&, void* const*), const Shape& s, int threads, void* const* operands) {
     if (s.groups * s.batch == 0) return;
+    // Threads take longer to start than a small problem does.
+    if (s.groups * s.batch * s.steps * s.state * s.hidden < 1 << 18) threads = 1;
+    const bool across = s.shared && s.batch < 4 && s.groups > s.batch;
+    const index length = across ? s.groups : s.batch, lines = across ? s.batch : s.groups;
     index rows = (s.groups * s.batch / (4 * threads) + 3) / 4 * 4;
     rows = rows < 4 ? 4 : rows;
-    const index per_group = (s.batch + rows - 1) / rows, units = s.groups * per_group;
+    const index per_line = (length + rows - 1) / rows, units = lines * per_line;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && units > 1)
     for (index i = 0; i < units; i++) {
-        const index row = i % per_group * rows;
-        kernel(s, Unit{i / per_group, row, row + rows > s.batch ? s.batch - row : rows}, operands);
+        const index line = i / per_line, first = i % per_line * rows, count = first + rows > length ? length - first : rows;
+        kernel(s, across ? Unit{first, line, count, true} : Unit{line, first, count, false}, operands);
     }
 }
 
 }  // namespace
 
-// void <name>_<real>(sizes[6], threads, operands): sizes are those of Shape, operands the addresses of arguments and results
+// void <name>_<real>(sizes[8], threads, operands): sizes are those of Shape, operands the addresses of arguments and results
 // in the order of the kernel's comment, null where an optional one is missing.
 #define KERNEL(name, real)                                                                                     \
     extern "C" __attribute__((visibility("default"))) void name##_##real(const index* z, int threads,            \
                                                                          void* const* operands) {                \
-        run(name<real>, Shape{z[0], z[1], z[2], z[3], z[4], z[5]}, threads, operands);                      \
+        run(name<real>, Shape{z[0], z[1], z[2], z[3], z[4], z[5], z[6], z[7]}, threads, operands);                      \
     }
 
 KERNEL(mlp, float)
