@@ -29,6 +29,14 @@ struct Rows {
     }
 };
 
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64, wide = 4;  // 4 x 4 sums in 32 registers
+#elif defined(__AVX__)
+constexpr int register_bytes = 32, wide = 2;
+#else
+constexpr int register_bytes = 16, wide = 2;
+#endif
+
 template <class real, int bytes>
 struct Vector {
     typedef real type __attribute__((vector_size(bytes), aligned(alignof(real)), may_alias));
@@ -90,15 +98,15 @@ inline void rest(index j, index rows, Rows<const real> x, index inner, const rea
 template <class real>
 inline void product(index rows, Rows<const real> x, index inner, const real* w, index n, Rows<const real> start,
                     Rows<real> out) {
-    constexpr index width = 64 / sizeof(real);
+    constexpr index width = register_bytes / sizeof(real);
     index j = 0;
     if (rows == 1)  // more columns at once, so that additions need not wait for each other
         for (; j + 8 * width <= n; j += 8 * width)
-            block<real, 1, 8, 64>(x, inner, w + j, n, start.from(0, j), out.from(0, j));
-    for (; j + 2 * width <= n; j += 2 * width)
-        columns<real, 2, 64>(rows, x, inner, w + j, n, start.from(0, j), out.from(0, j));
+            block<real, 1, 8, register_bytes>(x, inner, w + j, n, start.from(0, j), out.from(0, j));
+    for (; j + wide * width <= n; j += wide * width)
+        columns<real, wide, register_bytes>(rows, x, inner, w + j, n, start.from(0, j), out.from(0, j));
     if (n >= width)
-        rest<real, 64>(j, rows, x, inner, w, n, start, out);
+        rest<real, register_bytes>(j, rows, x, inner, w, n, start, out);
     else if (n >= index(16 / sizeof(real)))
         rest<real, 16>(j, rows, x, inner, w, n, start, out);
     else
@@ -137,6 +145,13 @@ struct Sequence {
     Rows<real> operator[](index t) const { return data ? Rows<real>{data + t * step, stride} : Rows<real>{nullptr, 0}; }
 };
 
+// Aligned to cache lines: a vector that lies across two takes twice as long to load.
+template <class real>
+real* allocate(index size) {
+    constexpr std::size_t line = 64;
+    return static_cast<real*>(std::aligned_alloc(line, (size * sizeof(real) + line - 1) / line * line));
+}
+
 // A unit's weight (inner, outer), row by row; a transposed copy where memory has it column by column. `mirrored` asks for the
 // transpose of what the operand is.
 template <class real>
@@ -146,7 +161,7 @@ struct Weight {
     Weight(void* const* operands, int i, const Shape& s, const Unit& u, index inner, index outer, bool mirrored = false)
         : data(static_cast<const real*>(operands[i]) + (s.shared ? 0 : u.group * inner * outer)) {
         if ((s.transposed >> i & 1) == mirrored) return;
-        scratch = static_cast<real*>(std::malloc(inner * outer * sizeof(real)));
+        scratch = allocate<real>(inner * outer);
         constexpr index tile = 16;
         for (index j0 = 0; j0 < outer; j0 += tile)
             for (index k0 = 0; k0 < inner; k0 += tile)
@@ -199,7 +214,7 @@ struct Masked {
     real* scratch;
     index rows, width;
     Masked(bool needed, index rows, index width)
-        : scratch(needed ? static_cast<real*>(std::malloc(rows * width * sizeof(real))) : nullptr), rows(rows), width(width) {}
+        : scratch(needed ? allocate<real>(rows * width) : nullptr), rows(rows), width(width) {}
     ~Masked() { std::free(scratch); }
     Masked(const Masked&) = delete;
     inline Rows<const real> operator()(Rows<const real> x, Rows<const uint8_t> keep) const {
