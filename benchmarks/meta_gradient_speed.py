@@ -32,6 +32,7 @@ import contextlib
 import copy
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -84,7 +85,7 @@ CASES = {
     "long": Sizes(8, 1, 200, 23, 17, 128, 1),
 }
 SCALING_BASE = Sizes(8, 4, 50, 23, 17, 64, 1)
-SCALING_AXES = {"T": (10, 30, 100, 300, 1000), "N": (1, 4, 16, 64, 256), "K": (1, 2, 4, 8)}
+SCALING_AXES = {"T": (10, 100, 250, 500, 900, 1000), "N": (1, 4, 16, 64, 256), "K": (1, 2, 4, 8)}
 SCALING_ENGINES = ("ssmrl", "jax")
 MODELS: dict[str, Callable[[Sizes], nn.Module]] = {
     "StateSpaceModel": lambda s: ssmrl.StateSpaceModel(s.S, s.D, s.O, hidden_dim=128),
@@ -657,6 +658,7 @@ def _point_text(result: dict[str, Any]) -> str:
 def plot(points: list[dict[str, Any]], path: Path) -> None:
     """Time above, memory of an update below, one column for every axis."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     axes = list(dict.fromkeys(point["axis"] for point in points))
     figure, panels = plt.subplots(2, len(axes), figsize=(4 * len(axes), 6), squeeze=False, layout="constrained")
@@ -674,8 +676,15 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
                 if line:
                     panel.loglog(*zip(*line, strict=True), "o-", label=engine)
                     panel.legend()
+            values = sorted({point["value"] for point in points if point["axis"] == axis})
+            crowded = [value * 1.3 > after for value, after in zip(values, [*values[1:], math.inf], strict=True)]
+            panel.set_xticks(values, ["" if c else str(value) for c, value in zip(crowded, values, strict=True)])
+            panel.set_xticks([], minor=True)
+            panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
             panel.set(xlabel=axis, ylabel=label)
-            panel.grid(alpha=0.3)
+            panel.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

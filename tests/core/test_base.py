@@ -197,6 +197,47 @@ def test_derivatives_equal_finite_differences(make, masked):
 
 
 @over_models
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_third_derivative_equals_finite_differences(make, mapped):
+    """Along a random direction of the parameters; mapped: of the sum over two sequences, each under vmap."""
+    model, x, state, _ = draw(make, batch=2, steps=4, seed=3)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    xs = torch.stack([x, 0.5 * x]) if mapped else x[None]
+
+    def second(params, x):
+        first = grad(lambda p: (functional_call(model, p, (x, state))[0] ** 3).sum())
+        return sum((g**2).sum() for g in grad(lambda p: sum((g**2).sum() for g in first(p).values()))(params).values())
+
+    total = lambda p: vmap(second, in_dims=(None, 0))(p, xs).sum()  # noqa: E731
+    direction = {name: torch.randn_like(p) for name, p in params.items()}
+    third = sum((g * direction[name]).sum() for name, g in grad(total)(params).items())
+    step = 1e-6
+    ahead, behind = (total({n: p + s * step * direction[n] for n, p in params.items()}) for s in (1, -1))
+    torch.testing.assert_close(third, (ahead - behind) / (2 * step), rtol=1e-5, atol=0)
+
+
+@over_models
+def test_the_meta_gradient_equals_finite_differences(make):
+    """Through three SGD steps on two tasks, vmapped, along a random direction."""
+    model, x, state, _ = draw(make, batch=2, steps=4, seed=4)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    xs, ys = torch.stack([x, 0.5 * x]), torch.randn(2, 2, 4, O, dtype=torch.float64)
+
+    def task_loss(params, x, y):
+        loss = lambda p: ((functional_call(model, p, (x, state))[0] - y) ** 2).mean()  # noqa: E731
+        for _ in range(3):
+            params = {name: params[name] - 0.1 * g for name, g in grad(loss)(params).items()}
+        return loss(params)
+
+    total = lambda p: vmap(task_loss, in_dims=(None, 0, 0))(p, xs, ys).sum()  # noqa: E731
+    direction = {name: torch.randn_like(p) for name, p in params.items()}
+    slope = sum((g * direction[name]).sum() for name, g in grad(total)(params).items())
+    step = 1e-6
+    ahead, behind = (total({n: p + s * step * direction[n] for n, p in params.items()}) for s in (1, -1))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-6, atol=0)
+
+
+@over_models
 def test_forward_mode_agrees_with_reverse_mode(make):
     model, x, state, _ = draw(make, batch=2, steps=4, seed=2)
     tangent, cotangent = torch.randn_like(x), torch.randn(2, 4, O, dtype=torch.float64)

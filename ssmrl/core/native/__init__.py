@@ -1,8 +1,8 @@
 """The loops over time in C++, for float32 and float64 on the CPU.
 
 `recurrences.cpp` is compiled when the package is installed, once per instruction set (hatch_build.py), where there is a
-C++ compiler. Without its libraries the same loops run in Python, one operation at a time: the same results, up to
-rounding, in more time.
+C++ compiler; after a change to it, install again. Without its libraries the same loops run in Python, one operation at
+a time: the same results, up to rounding, in more time.
 """
 
 from __future__ import annotations
