@@ -5,6 +5,7 @@ from ssmrl.core.diagonal import DiagonalSSM, diagonal_recurrence
 from ssmrl.core.gru import GRU
 from ssmrl.core.lstm import LSTM, LSTMState
 from ssmrl.core.mlp import MLP, MLPState
+from ssmrl.core.norm import LayerNorm
 from ssmrl.core.scan import linear_recurrence, mlp_recurrence
 from ssmrl.core.ssm import StateSpaceModel
 from ssmrl.core.transformer import Transformer, TransformerState
@@ -15,6 +16,7 @@ __all__ = [
     "MLP",
     "DiagonalSSM",
     "LSTMState",
+    "LayerNorm",
     "MLPState",
     "StateModel",
     "StateSpaceModel",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from ssmrl.core.base import StateModel, check_batch_size, check_dimensions, check_input, check_reset, check_state_tensor
+from ssmrl.core.norm import LayerNorm
 
 __all__ = ["DiagonalSSM", "diagonal_recurrence"]
 
@@ -122,7 +123,7 @@ class _Layer(nn.Module):
 
     def __init__(self, state_dim: int, hidden_dim: int, device: torch.device | str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_dim, device=device)
+        self.norm = LayerNorm(hidden_dim, device=device)
         self.log_minus_re_lambda = nn.Parameter(torch.full((state_dim,), math.log(0.5), device=device))
         self.im_lambda = nn.Parameter(math.pi * torch.arange(state_dim, device=device))
         self.log_dt = nn.Parameter(torch.empty(state_dim, device=device).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)))

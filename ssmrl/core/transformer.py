@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmrl.core.base import StateModel, check_batch_size, check_dimensions, check_input, check_reset, check_state_tensor
+from ssmrl.core.norm import LayerNorm
 
 __all__ = ["Transformer", "TransformerState"]
 
@@ -193,10 +194,10 @@ class _Layer(nn.Module):
     def __init__(self, model_dim: int, hidden_dim: int, num_heads: int, device: torch.device | str) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = nn.LayerNorm(model_dim, device=device)
+        self.attention_norm = LayerNorm(model_dim, device=device)
         self.queries_keys_values = nn.Linear(model_dim, 3 * model_dim, device=device)
         self.attention_out = nn.Linear(model_dim, model_dim, device=device)
-        self.feed_forward_norm = nn.LayerNorm(model_dim, device=device)
+        self.feed_forward_norm = LayerNorm(model_dim, device=device)
         self.hidden = nn.Linear(model_dim, hidden_dim, device=device)
         self.out = nn.Linear(hidden_dim, model_dim, device=device)
 

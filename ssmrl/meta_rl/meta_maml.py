@@ -62,7 +62,8 @@ class MetaMAML:
 
     Raises:
         TypeError, ValueError: a negative or non-finite rate, a negative number of steps, a rate beside an optimizer
-            that would not use it, an optimizer of another kind, or a model with nothing to learn.
+            that would not use it, an optimizer of another kind, a model with nothing to learn, or one with a norm
+            whose second derivative PyTorch gets wrong.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class MetaMAML:
         if max_grad_norm is not None:
             check_rate("max_grad_norm", max_grad_norm)
         params = trainable_parameters(model)
+        if not first_order:
+            _check_norms(model)
         self.model = model
         self.first_order = first_order
         self.inner_steps = check_num_steps("inner_steps", inner_steps)
@@ -313,6 +316,18 @@ class MetaMAML:
             )
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(learned, self.max_grad_norm, norm)
+
+
+def _check_norms(model: nn.Module) -> None:
+    """Refuse norms with weights of which PyTorch computes a wrong second derivative under vmap: see core/norm.py."""
+    wrong = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    for name, module in model.named_modules():
+        if type(module) in wrong and module.weight is not None:
+            raise ValueError(
+                f"model must not have {type(module).__name__} with weights ({name or 'the model itself'}): under vmap "
+                f"PyTorch computes a wrong second derivative of it. Take ssmrl.core.LayerNorm, which has the same "
+                f"arguments, a norm without weights, or first_order=True."
+            )
 
 
 def _forget_gradients(learned: Iterable[Tensor]) -> None:

@@ -110,7 +110,7 @@ def test_a_wrong_meta_gradient_stops_the_run(benchmark, monkeypatch):
 
     def wrong(problem):
         engine = benchmark.loop_engine(problem)
-        return engine._replace(gradient=lambda: {name: 1.01 * g for name, g in engine.gradient().items()})
+        return engine._replace(gradient=lambda: {name: 1.03 * g for name, g in engine.gradient().items()})
 
     monkeypatch.setitem(benchmark.ENGINES, "wrong", wrong)
     with pytest.raises(SystemExit, match=r"meta-gradients differ from the reference: \{'wrong': 0.0"):

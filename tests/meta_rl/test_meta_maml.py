@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, linear
 from torchopt import pytree
 
 from ssmrl.adaptation import AdaptationConfig, Adapter, mse_loss
-from ssmrl.core import MLP, MLPState, StateSpaceModel, Transformer, TransformerState
+from ssmrl.core import MLP, LayerNorm, MLPState, StateSpaceModel, Transformer, TransformerState
 from ssmrl.meta_rl import MetaMAML, Task
 
 D, O, S, H = 2, 1, 2, 3  # noqa: E741
@@ -1130,3 +1130,12 @@ def test_a_compiled_learner_of_other_tensors_is_refused():
     optimizer = torch.optim.SGD([*model.parameters(), extra], lr=0.1)
     with pytest.raises(ValueError, match="compile=True differentiates the model's parameters alone"):
         MetaMAML(model, outer_optimizer=optimizer, compile=True)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(O), nn.GroupNorm(1, O), nn.InstanceNorm1d(O, affine=True)])
+def test_norms_whose_second_derivative_torch_gets_wrong_are_refused(norm):
+    model = nn.Sequential(nn.Linear(D, O), norm)
+    with pytest.raises(ValueError, match=f"must not have {type(norm).__name__} with weights \\(1\\)"):
+        MetaMAML(model)
+    MetaMAML(model, first_order=True)
+    MetaMAML(nn.Sequential(nn.Linear(D, O), nn.LayerNorm(O, elementwise_affine=False), LayerNorm(O)))
