@@ -320,7 +320,7 @@ class MetaMAML:
 
 def _check_norms(model: nn.Module) -> None:
     """Refuse norms with weights of which PyTorch computes a wrong second derivative under vmap: see core/norm.py."""
-    wrong = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    wrong = (nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     for name, module in model.named_modules():
         if type(module) in wrong and module.weight is not None:
             raise ValueError(
