@@ -17,7 +17,9 @@ from torch.autograd import Function
 __all__ = [
     "Fold",
     "add",
+    "at_steps",
     "define_operation",
+    "empty_results",
     "from_time_major",
     "matmul",
     "over_steps",
@@ -55,6 +57,20 @@ def with_signature(function: type[Function]) -> type[Function]:
     """Keep the signature of `forward` with it, which `Function.apply` else works out anew at every call."""
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
     return function
+
+
+def empty_results(initial_and_inputs: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
+    """What a recurrence fills: states, as f (T+1, B, S), and what a step computes on its way, (T, B, hidden)."""
+    *groups, states, batch, _ = initial_and_inputs.shape
+    like = initial_and_inputs
+    return torch.empty_like(like, memory_format=torch.contiguous_format), like.new_empty(
+        *groups, states - 1, batch, hidden
+    )
+
+
+def at_steps(sequence: Tensor | None, weight: Tensor) -> tuple[Tensor, ...] | None:
+    """The steps of `time_major(sequence, weight)`, one tensor each; None for no sequence."""
+    return None if sequence is None else time_major(sequence, weight).unbind(0)
 
 
 def define_operation(schema: str, compute: Callable[..., Any], describe: Callable[..., Any]) -> None:

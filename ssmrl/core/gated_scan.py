@@ -25,7 +25,9 @@ from ssmrl.core import native
 from ssmrl.core.axes import (
     Fold,
     add,
+    at_steps,
     define_operation,
+    empty_results,
     from_time_major,
     matmul,
     over_steps,
@@ -102,13 +104,13 @@ def _solve_linear(
     f: Tensor, e: Tensor | None, a: Tensor, d: Tensor, w: Tensor, keep: Tensor | None, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
     width, m = w.shape[-2], w.shape[-1] // w.shape[-2]
-    results, kernel = _describe(f, m * width), "gated_adjoint" if adjoint else "gated_forward"
+    results, kernel = empty_results(f, m * width), "gated_adjoint" if adjoint else "gated_forward"
     if native.run(kernel, (f, e, a, d, w, keep), results):
         return results
     w = w.mT if adjoint else w
     v, w = time_major(f, w, copy=True), w.contiguous()
     a_at, d_at = time_major(a, w).unbind(0), time_major(d, w).unbind(0)
-    e_at, keep_at = (None if x is None else time_major(x, w).unbind(0) for x in (e, keep))
+    e_at, keep_at = at_steps(e, w), at_steps(keep, w)
     steps = range(len(v) - 1)
     u_at = [v.new_empty(0)] * len(steps)
     for t in reversed(steps) if adjoint else steps:
@@ -126,17 +128,11 @@ def _solve_linear(
     return from_time_major(v, f), from_time_major(torch.stack(u_at), f) if u_at else results[1]
 
 
-def _describe(f: Tensor, product: int) -> tuple[Tensor, Tensor]:
-    """Empty results of a loop."""
-    *groups, states, batch, _ = f.shape
-    return torch.empty_like(f, memory_format=torch.contiguous_format), f.new_empty(*groups, states - 1, batch, product)
-
-
 define_operation(
     "gated_linear_recurrence(Tensor f, Tensor? e, Tensor a, Tensor d, Tensor w, Tensor? keep, bool adjoint)"
     " -> (Tensor, Tensor)",
     _solve_linear,
-    lambda f, e, a, d, w, *others: _describe(f, w.shape[-1]),
+    lambda f, e, a, d, w, *others: empty_results(f, w.shape[-1]),
 )
 
 
@@ -153,7 +149,7 @@ def define_cell(cell: GatedCell) -> None:
             return results
         bias, w = b.unsqueeze(-2), w.contiguous()
         v_at, x_at = [time_major(start, w)[0]], time_major(x, w).unbind(0)
-        keep_at = None if keep is None else time_major(keep, w).unbind(0)
+        keep_at = at_steps(keep, w)
         u_at = []
         for t in range(len(x_at)):
             source = v_at[t] if keep_at is None else torch.where(keep_at[t], v_at[t], 0.0)

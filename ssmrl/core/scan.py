@@ -21,7 +21,9 @@ from ssmrl.core import native
 from ssmrl.core.axes import (
     Fold,
     add,
+    at_steps,
     define_operation,
+    empty_results,
     from_time_major,
     matmul,
     over_steps,
@@ -91,13 +93,13 @@ def linear_recurrence(
 
 
 def _solve_mlp(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    results = _describe(c, w_in.shape[-1])
+    results = empty_results(c, w_in.shape[-1])
     if native.run("mlp", (c, w_in, b_in, w_out, keep), results):
         return results
     h = time_major(c, w_in, copy=True)
     z = h.new_empty(len(h) - 1, *h.shape[1:-1], w_in.shape[-1])
     w_in, w_out, b_in = w_in.contiguous(), w_out.contiguous(), b_in.unsqueeze(-2).expand(z.shape[1:])
-    h_at, z_at, keep_at = h.unbind(0), z.unbind(0), _unbind(keep, w_in)
+    h_at, z_at, keep_at = h.unbind(0), z.unbind(0), at_steps(keep, w_in)
     for t, z_t in enumerate(z_at):
         source = h_at[t] if keep_at is None else torch.where(keep_at[t], h_at[t], 0.0)
         _product(b_in, source, w_in, out=z_t).relu_()
@@ -108,7 +110,7 @@ def _solve_mlp(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: Tenso
 def _solve_linear(
     f: Tensor, a: Tensor | None, z: Tensor, w_in: Tensor, w_out: Tensor, keep: Tensor | None, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
-    results, kernel = _describe(f, z.shape[-1]), "linear_adjoint" if adjoint else "linear_forward"
+    results, kernel = empty_results(f, z.shape[-1]), "linear_adjoint" if adjoint else "linear_forward"
     if native.run(kernel, (f, a, z, w_in, w_out, keep), results):
         return results
     first, second = (w_out.mT, w_in.mT) if adjoint else (w_in, w_out)
@@ -116,7 +118,7 @@ def _solve_linear(
     slope = time_major(z, w_in).sign()
     first, second = first.contiguous(), second.contiguous()
     p = torch.empty_like(slope) if a is None else time_major(a, w_in, copy=True)
-    h_at, p_at, slope_at, keep_at = h.unbind(0), p.unbind(0), slope.unbind(0), _unbind(keep, w_in)
+    h_at, p_at, slope_at, keep_at = h.unbind(0), p.unbind(0), slope.unbind(0), at_steps(keep, w_in)
     steps = range(len(p_at))
     for t in reversed(steps) if adjoint else steps:
         source, target = (h_at[t + 1], h_at[t]) if adjoint else (h_at[t], h_at[t + 1])
@@ -139,26 +141,16 @@ def _product(start: Tensor | None, left: Tensor, right: Tensor, *, out: Tensor) 
     return torch.baddbmm(start, left, right, out=out)
 
 
-def _unbind(keep: Tensor | None, weight: Tensor) -> tuple[Tensor, ...] | None:
-    return None if keep is None else time_major(keep, weight).unbind(0)
-
-
-def _describe(c: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
-    """Empty results of a loop."""
-    *groups, steps, batch, _ = c.shape
-    return torch.empty_like(c, memory_format=torch.contiguous_format), c.new_empty(*groups, steps - 1, batch, hidden)
-
-
 define_operation(
     "mlp_recurrence(Tensor c, Tensor w_in, Tensor b_in, Tensor w_out, Tensor? keep) -> (Tensor, Tensor)",
     _solve_mlp,
-    lambda c, w_in, *others: _describe(c, w_in.shape[-1]),
+    lambda c, w_in, *others: empty_results(c, w_in.shape[-1]),
 )
 define_operation(
     "linear_recurrence(Tensor f, Tensor? a, Tensor z, Tensor w_in, Tensor w_out, Tensor? keep, bool adjoint)"
     " -> (Tensor, Tensor)",
     _solve_linear,
-    lambda f, a, z, *others: _describe(f, z.shape[-1]),
+    lambda f, a, z, *others: empty_results(f, z.shape[-1]),
 )
 
 

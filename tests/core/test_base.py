@@ -196,6 +196,14 @@ def test_derivatives_equal_finite_differences(make, masked):
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=fast)
 
 
+def slopes(function, params, step=1e-6):
+    """The derivative of a scalar along a random direction of the parameters: by `grad`, and by finite differences."""
+    direction = {name: torch.randn_like(p) for name, p in params.items()}
+    slope = sum((g * direction[name]).sum() for name, g in grad(function)(params).items())
+    ahead, behind = (function({n: p + s * step * direction[n] for n, p in params.items()}) for s in (1, -1))
+    return slope, (ahead - behind) / (2 * step)
+
+
 @over_models
 @pytest.mark.parametrize("mapped", [False, True])
 def test_the_third_derivative_equals_finite_differences(make, mapped):
@@ -208,12 +216,8 @@ def test_the_third_derivative_equals_finite_differences(make, mapped):
         first = grad(lambda p: (functional_call(model, p, (x, state))[0] ** 3).sum())
         return sum((g**2).sum() for g in grad(lambda p: sum((g**2).sum() for g in first(p).values()))(params).values())
 
-    total = lambda p: vmap(second, in_dims=(None, 0))(p, xs).sum()  # noqa: E731
-    direction = {name: torch.randn_like(p) for name, p in params.items()}
-    third = sum((g * direction[name]).sum() for name, g in grad(total)(params).items())
-    step = 1e-6
-    ahead, behind = (total({n: p + s * step * direction[n] for n, p in params.items()}) for s in (1, -1))
-    torch.testing.assert_close(third, (ahead - behind) / (2 * step), rtol=1e-5, atol=0)
+    found, expected = slopes(lambda p: vmap(second, in_dims=(None, 0))(p, xs).sum(), params)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @over_models
@@ -229,12 +233,8 @@ def test_the_meta_gradient_equals_finite_differences(make):
             params = {name: params[name] - 0.1 * g for name, g in grad(loss)(params).items()}
         return loss(params)
 
-    total = lambda p: vmap(task_loss, in_dims=(None, 0, 0))(p, xs, ys).sum()  # noqa: E731
-    direction = {name: torch.randn_like(p) for name, p in params.items()}
-    slope = sum((g * direction[name]).sum() for name, g in grad(total)(params).items())
-    step = 1e-6
-    ahead, behind = (total({n: p + s * step * direction[n] for n, p in params.items()}) for s in (1, -1))
-    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-6, atol=0)
+    found, expected = slopes(lambda p: vmap(task_loss, in_dims=(None, 0, 0))(p, xs, ys).sum(), params)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @over_models
