@@ -57,7 +57,7 @@ class MetaMAML:
         compile: record the tensor operations of the whole meta-gradient at the first update with new shapes, and
             compile them with TorchInductor: the same numbers up to rounding, without the overhead of Python and
             functorch. It takes 10 to 50 seconds, whatever T, and a C++ compiler. With "trace" the operations are
-            replayed one by one: the same numbers, a second or two, no compiler. Only the model's parameters can be
+            replayed one by one: the same numbers, seconds to record, no compiler. Only the model's parameters can be
             learned, and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
 
     Raises:
