@@ -1,18 +1,253 @@
-"""What TorchOpt's functional optimizers need around them: checks, and the choice of the default."""
+"""What TorchOpt's functional optimizers need around them, and what they lack: clipping, tensor rates, checks."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from numbers import Real
-from typing import Any
+from types import CellType, FunctionType
+from typing import Any, NamedTuple
 
+import torch
 import torchopt
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchopt import pytree
 from torchopt.base import GradientTransformation
 
-__all__ = ["check_num_steps", "check_optimizer", "check_rate", "sgd_unless_given"]
+__all__ = [
+    "check_num_steps",
+    "check_optimizer",
+    "check_rate",
+    "clip_by_global_norm",
+    "differentiable_update",
+    "learned_tensors",
+    "learning_rates",
+    "scale_by_learning_rates",
+    "sgd_unless_given",
+    "with_tensors",
+]
 
 DEFAULT_LEARNING_RATE = 0.01
+
+
+def clip_by_global_norm(max_norm: float) -> GradientTransformation:
+    """A transformation g -> g min(1, max_norm / ‖g‖), with ‖g‖² the sum of squares over all leaves.
+
+    Exact derivatives on both sides of the bound, and no value read on the host. (`torchopt.clip.clip_grad_norm` takes
+    the norm without a graph, so that a derivative through its step is wrong, and fails under `vmap`.)
+
+    Args:
+        max_norm: > 0.
+
+    Raises:
+        TypeError, ValueError: max_norm is not a finite number > 0.
+    """
+    check_rate("max_norm", max_norm)
+    if max_norm == 0:
+        raise ValueError("max_norm must be > 0; got 0.")
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        del params, inplace  # nothing is written in place, which is allowed either way
+        leaves: list[Tensor] = pytree.tree_leaves(updates)
+        square = reduce(torch.add, [leaf.square().sum() for leaf in leaves])
+        above = square > max_norm**2
+        # The norm only where it is taken, since the derivative of a square root at 0 is infinite.
+        factor = torch.where(above, max_norm / torch.where(above, square, 1.0).sqrt(), 1.0)
+        return pytree.tree_map(lambda leaf: leaf * factor.to(leaf.dtype), updates), state
+
+    return GradientTransformation(lambda params: (), update)
+
+
+class LearningRatesState(NamedTuple):
+    """State of `scale_by_learning_rates`."""
+
+    rates: Any
+    """The rates, so that whoever maps or differentiates over the optimizer's state does so over them."""
+    step: int
+    """How many steps were taken."""
+
+
+def scale_by_learning_rates(rates: Any, *, per_step: bool = False) -> GradientTransformation:
+    """A transformation g -> -rates ∘ g, with rates that are tensors and can be meta-learned.
+
+    By itself it is gradient descent: with one rate for every element Meta-SGD (Li et al. 2017,
+    https://arxiv.org/abs/1707.09835), with one for every tensor and step the rates of MAML++ (Antoniou et al. 2019,
+    https://arxiv.org/abs/1810.09502). In a `torchopt.chain` it takes the place of a fixed rate, after
+    `scale_by_adam()` for instance. `learning_rates` makes rates to begin with.
+
+    Args:
+        rates: a tensor for all parameters, or a pytree with the parameters' structure; every tensor broadcasts to its
+            parameter. Rates may be negative, as learned ones sometimes are.
+        per_step: every tensor has a leading axis, and step k = 0, 1, … takes its entry k; later steps the last.
+
+    Raises:
+        TypeError, ValueError: rates without tensors, or, at the first update, that do not fit the parameters.
+    """
+    leaves = pytree.tree_leaves(rates)
+    if not leaves or not all(isinstance(rate, Tensor) for rate in leaves):
+        raise TypeError(f"rates must be a tensor or a pytree of tensors; got {type(rates).__name__}.")
+    if per_step and any(rate.dim() == 0 or len(rate) == 0 for rate in leaves):
+        raise ValueError("rates must have an axis of at least one step before every other, since per_step is True.")
+
+    def init(params: Any) -> LearningRatesState:
+        return LearningRatesState(rates, 0)
+
+    def update(
+        updates: Any, state: LearningRatesState, *, params: Any = None, inplace: bool = True
+    ) -> tuple[Any, LearningRatesState]:
+        del params, inplace
+        gradients, structure = pytree.tree_flatten(updates)
+        at: list[Tensor] = pytree.tree_leaves(state.rates)
+        if len(at) not in (1, len(gradients)):
+            raise ValueError(
+                f"rates must be one tensor, or one for each of the {len(gradients)} parameters; got {len(at)}."
+            )
+        if per_step:
+            at = [rate[min(state.step, len(rate) - 1)] for rate in at]
+        at = at * len(gradients) if len(at) == 1 else at
+        scaled = [_scale(gradient, rate) for gradient, rate in zip(gradients, at, strict=True)]
+        return pytree.tree_unflatten(structure, scaled), LearningRatesState(state.rates, state.step + 1)
+
+    return GradientTransformation(init, update)
+
+
+def _scale(gradient: Any, rate: Tensor) -> Tensor:
+    update: Tensor = -rate * gradient
+    if update.shape != gradient.shape:
+        raise ValueError(
+            f"rates must broadcast to their parameters; got one of shape {tuple(rate.shape)} for a parameter of shape "
+            f"{tuple(gradient.shape)}."
+        )
+    return update
+
+
+def learning_rates(
+    params: Mapping[str, Tensor], rate: float, *, num_steps: int | None = None, per_element: bool = False
+) -> dict[str, nn.Parameter]:
+    """Rates to be meta-learned, for `scale_by_learning_rates`: leaves for the outer optimizer.
+
+    Args:
+        params: name -> parameter that adapts.
+        rate: where all of them begin.
+        num_steps: one rate for each of this many steps, for `per_step=True`; None: the same for every step.
+        per_element: one rate for every element of a parameter, as in Meta-SGD; else one for every parameter, as in
+            MAML++.
+
+    Returns:
+        Name -> () or the parameter's shape, after an axis of num_steps if given.
+    """
+    check_rate("rate", rate)
+    steps = () if num_steps is None else (check_num_steps("num_steps", num_steps),)
+    if steps == (0,):
+        raise ValueError("num_steps must be None or at least 1; got 0.")
+    return {
+        name: nn.Parameter(
+            torch.full((*steps, *(p.shape if per_element else ())), rate, dtype=p.dtype, device=p.device)
+        )
+        for name, p in params.items()
+    }
+
+
+def learned_tensors(optimizer: GradientTransformation, params: Any) -> list[Tensor]:
+    """Tensors that an optimizer brings into its state and that require a gradient, such as learned rates."""
+    leaves = pytree.tree_leaves(optimizer.init(pytree.tree_map(Tensor.detach, params)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def with_tensors(
+    optimizer: GradientTransformation, tensors: Sequence[Tensor], others: Sequence[Tensor]
+) -> GradientTransformation:
+    """`optimizer` with other tensors in place of those that it brings into its state, to be differentiated in them."""
+    replacement = {id(tensor): other for tensor, other in zip(tensors, others, strict=True)}
+
+    def init(params: Any) -> Any:
+        return pytree.tree_map(lambda leaf: replacement.get(id(leaf), leaf), optimizer.init(params))
+
+    return GradientTransformation(init, optimizer.update)
+
+
+def differentiable_update(optimizer: GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """`optimizer.update` made safe to map and to differentiate.
+
+    Returns:
+        (gradient, state, params, first) -> (updates, state); `first`: the state is fresh from `optimizer.init`.
+    """
+    flags = _first_call_flags(optimizer)
+
+    def update(gradient: Any, state: Any, params: Any, *, first: bool) -> tuple[Any, Any]:
+        for flag in flags:
+            flag.cell_contents = first
+        with _ExactArithmetic():
+            result: tuple[Any, Any] = optimizer.update(gradient, state, params=params, inplace=False)
+        return result
+
+    return update
+
+
+def _first_call_flags(optimizer: Any) -> list[CellType]:
+    """Where TorchOpt's momentum keeps, outside its state, that it was never called."""
+    flags: list[CellType] = []
+    functions = [optimizer]
+    seen: set[int] = set()
+    while functions:
+        function = functions.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        if isinstance(function, (tuple, list)):  # a transformation is a tuple of two functions
+            functions += [*function, *getattr(function, "transformations", ())]
+        elif isinstance(function, FunctionType):
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                if name == "first_call":
+                    flags.append(cell)
+                elif cell != CellType():  # a variable that was never set
+                    functions.append(cell.cell_contents)
+    return flags
+
+
+class _ExactArithmetic(TorchFunctionMode):
+    """Operations of TorchOpt's optimizers, so written that every derivative of them exists and is exact.
+
+    - A square root has derivative 0 at 0, where it would be infinite and meet a factor 0: NaN. The derivative of a step
+      g / (sqrt(g²) + eps) at g = 0 then is what it is on both sides of 0, 1 / eps.
+    - `addcmul` is a product and a sum, since it has no rule for `vmap`.
+    - decay ** count, for Adam's bias correction, is computed in double: in float32 1 - 0.999 is off by 1e-5 of it.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replacement = _REPLACEMENTS.get(function, function)
+        return replacement(*args, **(kwargs or {}))
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    zero = x == 0  # not x > 0, which would hide NaN
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+
+
+def _addcmul(x: Tensor, left: Tensor, right: Tensor, *, value: float = 1) -> Tensor:
+    return x + value * left * right
+
+
+def _div(x: Tensor, divisor: Any) -> Tensor:
+    # A divisor without axes does not change the dtype of x, unless x has no axes either.
+    return torch.div(x, divisor.to(x.dtype) if isinstance(divisor, Tensor) else divisor)
+
+
+def _rpow(exponent: Tensor, base: Any) -> Any:
+    return base ** (exponent if exponent.is_floating_point() else exponent.double())
+
+
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    Tensor.sqrt: _sqrt,
+    Tensor.sqrt_: _sqrt,
+    Tensor.addcmul: _addcmul,
+    Tensor.addcmul_: _addcmul,
+    Tensor.div: _div,
+    Tensor.__rpow__: _rpow,
+}
 
 
 def sgd_unless_given(

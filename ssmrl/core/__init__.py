@@ -1,6 +1,7 @@
 """Sequence models with an explicit state, and nothing else."""
 
 from ssmrl.core.base import StateModel, functional_forward
+from ssmrl.core.context import WithContext
 from ssmrl.core.diagonal import DiagonalSSM, diagonal_recurrence
 from ssmrl.core.gru import GRU
 from ssmrl.core.lstm import LSTM, LSTMState
@@ -22,6 +23,7 @@ __all__ = [
     "StateSpaceModel",
     "Transformer",
     "TransformerState",
+    "WithContext",
     "diagonal_recurrence",
     "functional_forward",
     "linear_recurrence",

@@ -85,7 +85,12 @@ class StateModel(nn.Module, ABC):
 
 
 def functional_forward(
-    model: nn.Module, params: Mapping[str, Tensor], x: Tensor, hidden_state: Any = None
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    hidden_state: Any = None,
+    *,
+    truncate: int | None = None,
 ) -> tuple[Tensor, Any]:
     """`model(x, hidden_state)` with `params` in place of its own parameters and buffers, as a pure function.
 
@@ -96,12 +101,14 @@ def functional_forward(
         x: (B, D) or (B, T, D).
         hidden_state: None means `model.init_hidden(B)`, evaluated with `params`, so that an initial state that
             is a parameter is differentiated like every other; for a model without `init_hidden`, no state.
+        truncate: cut the derivative through the state every this many steps of a sequence, the first after so many;
+            None: nowhere. The values are the same.
 
     Returns:
         The output and the next state, which is None for a model that returns only an output.
 
     Raises:
-        ValueError: the model has no parameter or buffer of a name in `params`.
+        ValueError: the model has no parameter or buffer of a name in `params`, or truncate is less than 1.
     """
     values = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     unknown = params.keys() - values.keys() - {name for name, _ in model.named_parameters()}
@@ -109,8 +116,29 @@ def functional_forward(
         raise ValueError(f"params must hold names of the model's parameters; got {sorted(unknown)}.")
     values.update(params)
     named = {f"model.{name}": value for name, value in values.items()}
-    output, next_state = functional_call(_ExplicitState(model), named, (x, hidden_state))
-    return output, next_state
+    explicit = _ExplicitState(model)
+    if truncate is None or x.dim() != 3 or x.shape[1] <= check_truncate(truncate):
+        output, next_state = functional_call(explicit, named, (x, hidden_state))
+        return output, next_state
+    outputs: list[Tensor] = []
+    for piece in x.split(truncate, dim=1):
+        state = _detached(hidden_state) if outputs else hidden_state
+        output, hidden_state = functional_call(explicit, named, (piece, state))
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), hidden_state
+
+
+def check_truncate(truncate: Any) -> int:
+    """Refuse what is not a number of steps >= 1."""
+    if not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1:
+        raise ValueError(f"truncate must be None or an integer >= 1; got {truncate!r}.")
+    return truncate
+
+
+def _detached(state: Any) -> Any:
+    leaves, structure = torch.utils._pytree.tree_flatten(state)
+    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return torch.utils._pytree.tree_unflatten(detached, structure)
 
 
 class _ExplicitState(nn.Module):

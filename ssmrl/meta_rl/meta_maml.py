@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -15,22 +14,23 @@ from torchopt import pytree
 from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation.checks import check_finite, check_pair
-from ssmrl.adaptation.inner_loop import adapt
+from ssmrl.adaptation.inner_loop import adapt, check_memory_options
 from ssmrl.adaptation.losses import mse_loss
 from ssmrl.adaptation.optim import (
     DEFAULT_LEARNING_RATE,
     check_num_steps,
-    check_rate,
+    learned_tensors,
     sgd_unless_given,
+    with_tensors,
 )
-from ssmrl.adaptation.select import trainable_parameters
-from ssmrl.core.base import functional_forward
+from ssmrl.adaptation.select import Selector, select, split, trainable_parameters
+from ssmrl.core.base import check_truncate, functional_forward
+from ssmrl.meta_rl.meta_learner import OuterStep, accumulate, check_chunk_size, check_compile, check_losses
+from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
 from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
 from ssmrl.meta_rl.trace import Traced
 
 __all__ = ["MetaMAML"]
-
-DEFAULT_OUTER_LR = 0.001
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,71 +50,78 @@ class MetaMAML:
         outer_lr: rate of the default outer optimizer, `torch.optim.Adam`.
         first_order: leave out the second derivatives (FOMAML, section 5.2 of the paper).
         inner_steps: K.
-        inner_optimizer: any TorchOpt gradient transformation in place of SGD; its state is fresh for every task.
+        inner_optimizer: any TorchOpt gradient transformation in place of SGD; its state is fresh for every task. Rates
+            that are tensors (`scale_by_learning_rates`) are learned if the outer optimizer holds them.
         outer_optimizer: any `torch.optim` optimizer whose step needs no closure, in place of Adam. What it holds
-            beside the model's parameters (an initial state that is passed in, parameters of the loss) is learned too.
+            beside the model's parameters (rates, an initial state that is passed in, parameters of the loss) is learned
+            too.
         max_grad_norm: clip the global norm of the meta-gradient to this; None: do not clip.
+        adapted: which of the parameters adapt, as `ssmrl.adaptation.select` takes it (ANIL, CAVIA); the others are
+            meta-learned and stay as they are in the inner loop. None: all of them.
+        step_weights: (K,) weights of the query losses after every inner step, whose weighted sum is minimised in place
+            of the last of them (MAML++). The attribute of the same name may be changed between updates.
+        mixed_mode, recompute: exact meta-gradients in less memory, as for `ssmrl.adapt`.
+        chunk_size: at most so many tasks at once, each chunk with a backward pass of its own: the same numbers up to
+            rounding, and the memory of one chunk. None: all tasks of equal shapes at once.
+        truncate: cut derivatives through the hidden state every this many time steps (truncated backpropagation
+            through time, Williams and Peng 1990): another, biased gradient. None: through all T.
         compile: record the tensor operations of the whole meta-gradient at the first update with new shapes, and
             compile them with TorchInductor: the same numbers up to rounding, without the overhead of Python and
             functorch. It takes 10 to 50 seconds, whatever T, and a C++ compiler. With "trace" the operations are
-            replayed one by one: the same numbers, seconds to record, no compiler. Only the model's parameters can be
-            learned, and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
+            replayed one by one: the same numbers, seconds to record, no compiler. Parameters of the loss cannot be
+            learned then, and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
 
     Raises:
         TypeError, ValueError: a negative or non-finite rate, a negative number of steps, a rate beside an optimizer
-            that would not use it, an optimizer of another kind, a model with nothing to learn, or one with a norm
-            whose second derivative PyTorch gets wrong.
+            that would not use it, an optimizer of another kind, a selector that chooses nothing, weights that are not
+            one for each inner step, `first_order` with `mixed_mode` or `recompute`, `compile` with `mixed_mode`, a
+            model with nothing to learn, or one with a norm whose second derivative PyTorch gets wrong.
     """
 
     def __init__(
         self,
         model: nn.Module,
         inner_lr: float = DEFAULT_LEARNING_RATE,
-        outer_lr: float = DEFAULT_OUTER_LR,
+        outer_lr: float = OuterStep.DEFAULT_LR,
         first_order: bool = False,
         *,
         inner_steps: int = 1,
         inner_optimizer: GradientTransformation | None = None,
         outer_optimizer: torch.optim.Optimizer | None = None,
         max_grad_norm: float | None = None,
+        adapted: Selector | Iterable[Selector] | None = None,
+        step_weights: Tensor | Sequence[float] | None = None,
+        mixed_mode: bool = False,
+        recompute: int | None = None,
+        chunk_size: int | None = None,
+        truncate: int | None = None,
         compile: bool | Literal["trace"] = False,
     ) -> None:
-        check_rate("outer_lr", outer_lr)
-        if compile not in (False, True, "trace"):
-            raise ValueError(f'compile must be True, False or "trace"; got {compile!r}.')
-        if max_grad_norm is not None:
-            check_rate("max_grad_norm", max_grad_norm)
         params = trainable_parameters(model)
+        check_memory_options(first_order, mixed_mode, recompute)
+        self.compile = check_compile(compile)
+        if compile and mixed_mode:
+            raise ValueError("PyTorch cannot record forward mode: mixed_mode needs compile=False.")
         if not first_order:
             _check_norms(model)
         self.model = model
         self.first_order = first_order
         self.inner_steps = check_num_steps("inner_steps", inner_steps)
         self.inner_optimizer = sgd_unless_given(inner_optimizer, inner_lr, name="inner_optimizer", rate_name="inner_lr")
-        if outer_optimizer is None:
-            outer_optimizer = torch.optim.Adam(
-                params.values(), lr=outer_lr, fused=all(p.is_floating_point() for p in params.values())
-            )
-        elif not isinstance(outer_optimizer, torch.optim.Optimizer):
-            raise TypeError(f"outer_optimizer must be a torch.optim.Optimizer; got {type(outer_optimizer).__name__}.")
-        elif outer_lr != DEFAULT_OUTER_LR:
-            raise ValueError(
-                f"outer_lr = {outer_lr} would be ignored: outer_optimizer has a rate of its own; give one of the two."
-            )
-        learned = {id(p) for group in outer_optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in learned for p in params.values()):
-            raise ValueError(
-                "outer_optimizer must hold parameters of the model that require a gradient; it holds none."
-            )
-        if compile and learned - {id(p) for p in model.parameters()}:
-            raise ValueError(
-                f"compile={compile!r} differentiates the model's parameters alone; outer_optimizer must not hold other "
-                f"tensors."
-            )
-        self.outer_optimizer = outer_optimizer
-        self.max_grad_norm = max_grad_norm
-        self.compile = compile
+        self.adapted = list(params) if adapted is None else select(model, adapted)
+        self.step_weights = step_weights
+        self.mixed_mode = mixed_mode
+        self.recompute = recompute
+        self.chunk_size = check_chunk_size(chunk_size)
+        self.truncate = None if truncate is None else check_truncate(truncate)
+        self.outer_step = OuterStep(params.values(), outer_lr, outer_optimizer, max_grad_norm)
+        self._step_weights()
         self._traced: dict[Any, Traced] = {}
+
+    @property
+    def outer_optimizer(self) -> torch.optim.Optimizer:
+        """What makes the outer steps."""
+        return self.outer_step.optimizer
 
     @torch.enable_grad()
     def meta_update(self, tasks: Tasks, initial_hidden_state: Any = None, loss_fn: Loss = mse_loss) -> float:
@@ -139,20 +146,16 @@ class MetaMAML:
             After an error the model and the outer optimizer are as before.
         """
         params = trainable_parameters(self.model)
-        groups = group_tasks(tasks, _as_leaves(initial_hidden_state), _first(params))
+        state = _as_leaves(initial_hidden_state)
+        groups = self._chunks(group_tasks(tasks, state, _first(params)))
+        self._check_learned(params, state)
         num_tasks = sum(len(group.indices) for group in groups)
         losses = torch.empty(num_tasks, dtype=_first(params).dtype)
-        # Both: the optimizer may hold a part of the model, and more than the model.
-        learned = [*params.values(), *(p for group in self.outer_optimizer.param_groups for p in group["params"])]
-        _forget_gradients(learned)
-        try:
+        with self.outer_step.clean(params.values()):
             for group in groups:  # a backward pass each, so that only one group's graph is in memory
                 losses[group.indices] = self._backward(params, group, loss_fn, num_tasks).to(losses)
-            _check_losses(losses)
-            self._check_and_clip_gradient()
-            self.outer_optimizer.step()
-        finally:
-            _forget_gradients(learned)
+            check_losses(losses)
+            self.outer_step(lambda: [name for name, p in params.items() if not _is_finite(p.grad)])
         return float(losses.mean())
 
     @torch.no_grad()
@@ -171,11 +174,13 @@ class MetaMAML:
             num_steps: inner steps in place of `inner_steps`; with 0, the loss before adaptation.
         """
         params = trainable_parameters(self.model)
-        groups = group_tasks(tasks, initial_hidden_state, _first(params))
+        groups = self._chunks(group_tasks(tasks, initial_hidden_state, _first(params)))
         steps = self._num_steps(num_steps)
         losses = _first(params).new_empty(sum(len(group.indices) for group in groups))
         for group in groups:
-            losses[group.indices] = self._query_losses(dict(params), group, loss_fn, steps, True).to(losses)
+            options: dict[str, Any] = {"num_steps": steps, "first_order": True}
+            meta: Any = (dict(params), [], group.initial_state)
+            losses[group.indices] = self._query_losses(meta, {}, group, loss_fn, options).to(losses)
         return losses
 
     @torch.no_grad()
@@ -200,16 +205,20 @@ class MetaMAML:
             with the model, which does not change; for `functional_forward`.
         """
         weights = self.get_fast_weights()
-        names = trainable_parameters(self.model)
         like = _first(weights)
         check_pair("support_x", support_x, "support_y", support_y, like)
         check_finite("support_x", support_x)
         check_finite("support_y", support_y)
         task = Task(support_x[None], support_y[None], support_x[None], support_y[None])
         (group,) = group_tasks(task, initial_hidden_state, like)
+        own, shared = split(weights, self.adapted)
         adapted = adapt(
-            lambda params: self._loss({**weights, **params}, support_x, support_y, group.initial_state, loss_fn),
-            {name: weights[name] for name in names},
+            partial(self._loss, loss_fn),
+            own,
+            shared,
+            group.initial_state,
+            support_x,
+            support_y,
             optimizer=self.inner_optimizer,
             num_steps=self._num_steps(num_steps),
         )
@@ -232,90 +241,147 @@ class MetaMAML:
         """Fast weights before any step: a copy of all parameters, without a graph."""
         return OrderedDict((name, p.detach().clone()) for name, p in self.model.named_parameters())
 
-    def _backward(self, params: Mapping[str, Tensor], group: TaskGroup, loss_fn: Loss, num_tasks: int) -> Tensor:
-        """(N,) query losses of a group; their sum / num_tasks is differentiated into the parameters' `grad`."""
+    def _backward(self, params: dict[str, nn.Parameter], group: TaskGroup, loss_fn: Loss, num_tasks: int) -> Tensor:
+        """(N,) query losses of a group; their sum / num_tasks is differentiated into the `grad` of what is learned."""
+        options = {
+            "num_steps": self.inner_steps,
+            "first_order": self.first_order,
+            "mixed_mode": self.mixed_mode,
+            "recompute": self.recompute,
+        }
         if not self.compile:
-            losses = self._query_losses(dict(params), group, loss_fn, self.inner_steps, self.first_order)
+            # Constants are in the model, rates in the inner optimizer, which have their gradient from there.
+            weights: dict[str, Tensor] = dict(params)
+            losses = self._query_losses((weights, [], group.initial_state), {}, group, loss_fn, options)
             (losses.sum() / num_tasks).backward()
             return losses.detach()
-        constants: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if name not in params}
-        constants.update(self.model.named_buffers())
-        options = (loss_fn, self.inner_optimizer, self.inner_steps, self.first_order, group.state_axis)
-        key = (*options, self.model.training)
+        rates = self._rates(params)
+        key = (loss_fn, self.inner_optimizer, *options.values(), group.state_axis, self.truncate, self.model.training)
         if key not in self._traced:
-            gradient = partial(self._gradient, loss_fn=loss_fn, state_axis=group.state_axis)
+            gradient = partial(
+                self._gradient, state_axis=group.state_axis, loss_fn=loss_fn, options=options, rates=rates
+            )
             self._traced[key] = Traced(gradient, inductor=self.compile is True)
-        result: tuple[dict[str, Tensor], Tensor]
-        result = self._traced[key](dict(params), constants, tuple(group.tasks), group.initial_state)
-        for name, p in params.items():
-            share = result[0][name] / num_tasks
-            p.grad = share if p.grad is None else p.grad + share
-        return result[1]
+        state = [leaf for leaf in _tensors(group.initial_state) if leaf.is_floating_point()]
+        meta = (dict(params), rates, state)
+        data = (tuple(group.tasks), group.initial_state, self._step_weights())
+        result: tuple[Any, Tensor] = self._traced[key](meta, self._constants(), *data)
+        (of_params, of_rates, of_state), losses = result
+        accumulate((dict(params), rates), (of_params, of_rates), num_tasks)
+        for leaf, share in zip(state, of_state, strict=True):
+            if leaf.requires_grad:
+                # It is the leaf that is learned, or was split among tasks or stacked from it.
+                leaf.backward(share / num_tasks)
+        return losses
 
     def _gradient(
-        self, params: Any, constants: Any, tasks: Any, initial_state: Any, *, loss_fn: Loss, state_axis: int | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+        self,
+        meta: Any,
+        constants: Any,
+        tasks: Any,
+        initial_state: Any,
+        step_weights: Tensor | None,
+        *,
+        state_axis: int | None,
+        loss_fn: Loss,
+        options: dict[str, Any],
+        rates: list[Tensor],
+    ) -> tuple[Any, Tensor]:
         """Gradient of the sum of a group's query losses, and the losses (N,): a pure function of its arguments."""
         group = TaskGroup([], Task(*tasks), initial_state, state_axis)
 
-        def total(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            losses = self._query_losses(params, group, loss_fn, self.inner_steps, self.first_order, constants)
+        def total(meta: Any) -> tuple[Tensor, Tensor]:
+            floats = iter(meta[2])
+            state = pytree.tree_map(
+                lambda s: next(floats) if isinstance(s, Tensor) and s.is_floating_point() else s, initial_state
+            )
+            at = (meta[0], meta[1], state)
+            losses = self._query_losses(at, constants, group, loss_fn, options, rates, step_weights)
             return losses.sum(), losses
 
-        result: tuple[dict[str, Tensor], Tensor] = grad(total, has_aux=True)(params)
+        result: tuple[Any, Tensor] = grad(total, has_aux=True)(meta)
         return result
 
     def _query_losses(
         self,
-        params: dict[str, Tensor],
+        meta: tuple[dict[str, Tensor], list[Tensor], Any],
+        constants: Mapping[str, Tensor],
         group: TaskGroup,
         loss_fn: Loss,
-        num_steps: int,
-        first_order: bool,
-        constants: Mapping[str, Tensor] = MappingProxyType({}),
+        options: dict[str, Any],
+        rates: list[Tensor] | None = None,
+        step_weights: Tensor | None = None,
     ) -> Tensor:
-        """(N,) query losses after adaptation: a pure function of params, constants and the group's data and states."""
+        """(N,) query losses after adaptation: a pure function of meta-parameters, constants and the group's data.
 
-        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor, initial_state: Any) -> Tensor:
-            return self._loss({**constants, **params}, x, y, initial_state, loss_fn)
+        Args:
+            meta: parameters, tensors in place of `rates` in the inner optimizer, and initial state.
+        """
+        loss = partial(self._loss, loss_fn)
+        step_weights = self._step_weights() if step_weights is None else step_weights
 
-        def task_loss(params: dict[str, Tensor], task: Task, initial_state: Any) -> Tensor:
-            adapted = adapt(
-                lambda p: loss(p, task.support_x, task.support_y, initial_state),
-                params,
-                optimizer=self.inner_optimizer,
-                num_steps=num_steps,
-                first_order=first_order,
-            )
-            return loss(adapted.params, task.query_x, task.query_y, initial_state)
+        def task_loss(params: dict[str, Tensor], rates_now: list[Tensor], task: Task, state: Any) -> Tensor:
+            optimizer = with_tensors(self.inner_optimizer, rates, rates_now) if rates else self.inner_optimizer
+            own, others = split(params, self.adapted)
+            data: dict[str, Any] = {
+                "support": (task.support_x, task.support_y),
+                "query": (task.query_x, task.query_y),
+                "shared": ({**constants, **others}, state),
+            }
+            if step_weights is None or options["num_steps"] != len(step_weights):  # evaluated after other steps
+                return post_adaptation_loss(loss, own, **data, optimizer=optimizer, **options)
+            rest = {name: option for name, option in options.items() if name != "num_steps"}
+            return multi_step_loss(loss, own, **data, weights=step_weights, optimizer=optimizer, **rest)
 
-        over_tasks = vmap(task_loss, in_dims=(None, 0, group.state_axis))
-        losses: Tensor = over_tasks(params, group.tasks, group.initial_state)
+        over_tasks = vmap(task_loss, in_dims=(None, None, 0, group.state_axis))
+        losses: Tensor = over_tasks(meta[0], meta[1], group.tasks, meta[2])
         return losses
 
-    def _loss(self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, initial_state: Any, loss_fn: Loss) -> Tensor:
-        state = expand_state(initial_state, x.shape[0])
-        output, _ = functional_forward(self.model, params, x, state)
+    def _loss(
+        self, loss_fn: Loss, own: Mapping[str, Tensor], others: Mapping[str, Tensor], state: Any, x: Tensor, y: Tensor
+    ) -> Tensor:
+        state = expand_state(state, x.shape[0])
+        output, _ = functional_forward(self.model, {**others, **own}, x, state, truncate=self.truncate)
         return loss_fn(output, y)
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Parameters that are not learned, and buffers."""
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {**frozen, **dict(self.model.named_buffers())}
+
+    def _rates(self, params: Mapping[str, Tensor]) -> list[Tensor]:
+        """Tensors in the inner optimizer that can be learned."""
+        return learned_tensors(self.inner_optimizer, split(params, self.adapted)[0])
+
+    def _check_learned(self, params: Mapping[str, Tensor], state: Any) -> None:
+        """Refuse to compile where the outer optimizer learns what only PyTorch's own graph knows of."""
+        if self.compile:
+            known = [*self.model.parameters(), *self._rates(params), *_tensors(state)]
+            if self.outer_step.others(known):
+                raise ValueError(
+                    f"compile={self.compile!r} differentiates the model's parameters, rates of the inner optimizer and "
+                    f"the initial state alone; outer_optimizer must not hold other tensors."
+                )
+
+    def _step_weights(self) -> Tensor | None:
+        if self.step_weights is None:
+            return None
+        like = _first(trainable_parameters(self.model))
+        weights = torch.as_tensor(self.step_weights, dtype=like.dtype, device=like.device)
+        if tuple(weights.shape) != (self.inner_steps,) or self.inner_steps == 0:
+            raise ValueError(
+                f"step_weights must have shape (K,) = ({self.inner_steps},), one for each inner step, and K >= 1; "
+                f"got {tuple(weights.shape)}."
+            )
+        return weights
+
+    def _chunks(self, groups: list[TaskGroup]) -> list[TaskGroup]:
+        if self.chunk_size is None:
+            return groups
+        return [chunk for group in groups for chunk in group.chunks(self.chunk_size)]
 
     def _num_steps(self, num_steps: int | None) -> int:
         return self.inner_steps if num_steps is None else check_num_steps("num_steps", num_steps)
-
-    def _check_and_clip_gradient(self) -> None:
-        learned = [p for group in self.outer_optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
-        if not torch.isfinite(norm):
-            names = [
-                name
-                for name, p in self.model.named_parameters()
-                if p.grad is not None and not torch.isfinite(p.grad).all()
-            ]
-            raise FloatingPointError(
-                f"The meta-gradient is not finite (norm {float(norm)}) in {names or 'its norm'}; the model is "
-                f"untouched. Where a gradient is exactly 0, adam and adamw need eps_root > 0; else lower the rates."
-            )
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(learned, self.max_grad_norm, norm)
 
 
 def _check_norms(model: nn.Module) -> None:
@@ -330,18 +396,12 @@ def _check_norms(model: nn.Module) -> None:
             )
 
 
-def _forget_gradients(learned: Iterable[Tensor]) -> None:
-    for p in learned:
-        p.grad = None
+def _is_finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(torch.isfinite(gradient).all())
 
 
-def _check_losses(losses: Tensor) -> None:
-    bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
-    if bad:
-        raise FloatingPointError(
-            f"The query loss after adaptation is not finite for tasks {bad}: {losses[bad].tolist()}; the model is "
-            f"untouched. Lower the inner rate."
-        )
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _first(params: Mapping[str, Tensor]) -> Tensor:

@@ -45,6 +45,17 @@ class TaskGroup(NamedTuple):
     state_axis: int | None
     """0 where every task has its own initial state, None where it is shared."""
 
+    def chunks(self, size: int) -> list[TaskGroup]:
+        """The tasks, at most `size` of them in each group."""
+
+        def part(start: int) -> TaskGroup:
+            here = slice(start, start + size)
+            own = self.state_axis == 0
+            state = pytree.tree_map(lambda s: s[here], self.initial_state) if own else self.initial_state
+            return TaskGroup(self.indices[here], Task(*(t[here] for t in self.tasks)), state, self.state_axis)
+
+        return [part(start) for start in range(0, len(self.indices), size)]
+
 
 def group_tasks(tasks: Tasks, initial_hidden_state: Any, like: Tensor) -> list[TaskGroup]:
     """Check tasks, then stack those of equal shapes.

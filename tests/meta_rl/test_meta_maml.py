@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torchopt import pytree
 
-from ssmrl.adaptation import AdaptationConfig, Adapter, mse_loss
+from ssmrl.adaptation import AdaptationConfig, Adapter, learning_rates, mse_loss, scale_by_learning_rates
 from ssmrl.core import MLP, LayerNorm, MLPState, StateSpaceModel, Transformer, TransformerState
 from ssmrl.meta_rl import MetaMAML, Task
 
@@ -970,14 +970,15 @@ def test_a_meta_gradient_that_is_not_finite_names_the_parameters(limit):
     assert all(p.grad is None for p in model.parameters())
 
 
-@ignore_slow_vmap
-def test_an_adam_whose_gradient_is_exactly_zero_is_told_of_eps_root():
+@pytest.mark.parametrize("make", [torchopt.adam, torchopt.adamw, torchopt.rmsprop, torchopt.adagrad, torchopt.radam])
+def test_a_gradient_that_is_exactly_zero_leaves_the_meta_gradient_finite(make):
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     x, y = torch.tensor([[1.0, 0.0]]), torch.ones(1, 1)  # the second weight has no gradient
-    with pytest.raises(FloatingPointError, match=r"'weight'.* adam and adamw need eps_root > 0"):
-        MetaMAML(model, inner_optimizer=torchopt.adam(0.1)).meta_update([(x, y, x, y)])
-    MetaMAML(model, inner_optimizer=torchopt.adam(0.1, eps_root=1e-8)).meta_update([(x, y, x, y)])
+    before = weights(model)
+    MetaMAML(model, inner_optimizer=make(0.1), inner_steps=7).meta_update([(x, y, x, y)])
+    assert torch.isfinite(model.weight).all()
+    assert not same(weights(model), before)
 
 
 @pytest.mark.parametrize(
@@ -1128,8 +1129,10 @@ def test_a_compiled_update_uses_the_loss_it_is_given():
 def test_a_compiled_learner_of_other_tensors_is_refused():
     model, extra = nn.Linear(D, O), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([*model.parameters(), extra], lr=0.1)
-    with pytest.raises(ValueError, match="compile=True differentiates the model's parameters alone"):
-        MetaMAML(model, outer_optimizer=optimizer, compile=True)
+    _, tasks = draw((3, None))
+    maml = MetaMAML(model, outer_optimizer=optimizer, compile=True)
+    with pytest.raises(ValueError, match=r"compile=True differentiates .* alone; outer_optimizer must not hold other"):
+        maml.meta_update([tuple(t.float() for t in task) for task in tasks])
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(O), nn.InstanceNorm1d(O, affine=True)])
@@ -1139,3 +1142,160 @@ def test_norms_whose_second_derivative_torch_gets_wrong_are_refused(norm):
         MetaMAML(model)
     MetaMAML(model, first_order=True)
     MetaMAML(nn.Sequential(nn.Linear(D, O), nn.GroupNorm(1, O), LayerNorm(O)))
+
+
+# Algorithms and memory as settings
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"mixed_mode": True},
+    {"recompute": 1},
+    {"recompute": 2, "mixed_mode": True},
+    {"chunk_size": 1},
+    {"chunk_size": 2, "recompute": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_meta_gradient_in_less_memory_is_the_same(options):
+    model, tasks = draw(*[(3, 4)] * 3)
+    reference = loop(model, tasks, steps=3)
+    agree(meta_gradient(model, tasks, inner_steps=3, **options), reference)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": 1}, {"mixed_mode": True}], ids=str)
+def test_a_learned_state_and_learned_rates_get_the_same_gradient_in_every_mode(options):
+    model, tasks = draw(*[(3, 4)] * 2)
+    rates = learning_rates(dict(model.named_parameters()), 0.1, num_steps=2)
+    state = randn(1, S).requires_grad_()
+    extra = [*rates.values(), state]
+
+    def after(**options):
+        start = [e.detach().clone() for e in extra]
+        maml = MetaMAML(
+            model,
+            inner_steps=2,
+            inner_optimizer=scale_by_learning_rates(rates, per_step=True),
+            outer_optimizer=SGD([*model.parameters(), *extra]),
+            **options,
+        )
+        before = weights(model)
+        maml.meta_update(tasks, state)
+        moved = [s - e.detach() for s, e in zip(start, extra, strict=True)]
+        model.load_state_dict(before)
+        with torch.no_grad():
+            for e, s in zip(extra, start, strict=True):
+                e.copy_(s)
+        return torch.cat([m.flatten() for m in moved])
+
+    reference = after()
+    assert (reference != 0).all()
+    torch.testing.assert_close(after(**options), reference, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(after(compile="trace"), reference, rtol=1e-10, atol=1e-12)
+
+
+def test_only_what_is_selected_adapts_and_all_is_meta_learned():
+    model, tasks = draw((3, 4), (3, 4))
+    fast = MetaMAML(model, RATE, adapted="output_mlp").adapt_task(*tasks[0][:2])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, fast[name])}
+    assert changed
+    assert all(name.startswith("output_mlp") for name in changed)
+
+    def anil(params, tasks):
+        losses = []
+        for support_x, support_y, query_x, query_y in tasks:
+            value = mean_square(forward(params, support_x, zeros(support_x)), support_y)
+            head = {name: p for name, p in params.items() if name.startswith("output_mlp")}
+            gradients = torch.autograd.grad(value, tuple(head.values()), create_graph=True)
+            adapted = {name: p - RATE * g for (name, p), g in zip(head.items(), gradients, strict=True)}
+            losses.append(mean_square(forward({**params, **adapted}, query_x, zeros(query_x)), query_y))
+        return torch.stack(losses)
+
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    losses = anil(params, tasks)
+    reference = (
+        losses.detach(),
+        dict(zip(params, torch.autograd.grad(losses.mean(), tuple(params.values())), strict=True)),
+    )
+    agree(meta_gradient(model, tasks, adapted="output_mlp"), reference)
+    agree(meta_gradient(model, tasks, adapted=["output_mlp.*"], compile="trace"), reference)
+    agree(meta_gradient(model, tasks, adapted=lambda name, p: "output_mlp" in name, recompute=1), reference)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": "trace"}, {"recompute": 1}], ids=str)
+def test_step_weights_sum_the_gradients_after_every_step(options):
+    model, tasks = draw((3, 4), (3, 4))
+    each = [loop(model, tasks, steps=k) for k in (1, 2)]
+    reference = (
+        0.3 * each[0][0] + 0.7 * each[1][0],
+        {name: 0.3 * g + 0.7 * each[1][1][name] for name, g in each[0][1].items()},
+    )
+    agree(meta_gradient(model, tasks, inner_steps=2, step_weights=[0.3, 0.7], **options), reference)
+
+
+def test_step_weights_may_change_between_updates():
+    model, tasks = draw((3, 4), (3, 4))
+    maml = MetaMAML(
+        model, RATE, inner_steps=2, step_weights=[1.0, 0.0], outer_optimizer=SGD(model.parameters(), lr=0.0)
+    )
+    assert maml.meta_update(tasks) == pytest.approx(float(maml.evaluate(tasks, num_steps=1).mean()))
+    maml.step_weights = [0.0, 1.0]
+    assert maml.meta_update(tasks) == pytest.approx(float(maml.evaluate(tasks, num_steps=2).mean()))
+
+
+def test_truncation_cuts_the_derivative_through_the_state_and_no_value():
+    model, tasks = draw((3, 4), (3, 4))
+    whole = meta_gradient(model, tasks)
+    agree(meta_gradient(model, tasks, truncate=4), loop(model, tasks))
+    cut = meta_gradient(model, tasks, truncate=2, inner_lr=0.0)
+    zero = meta_gradient(model, tasks, inner_lr=0.0)
+    assert cut[0] == pytest.approx(zero[0])
+    assert not torch.allclose(cut[1]["state_mlp.out.weight"], zero[1]["state_mlp.out.weight"])
+    torch.testing.assert_close(cut[1]["output_mlp.out.weight"], zero[1]["output_mlp.out.weight"])
+    assert meta_gradient(model, tasks, truncate=1)[0] != pytest.approx(whole[0])
+
+    def truncated(p, x, h):
+        first, h = pieces(p, x[:, :2], h)
+        return torch.cat([first, pieces(p, x[:, 2:], h.detach())[0]], 1)
+
+    def pieces(p, x, h):
+        outputs = []
+        for t in range(x.shape[1]):
+            outputs.append(forward(p, x[:, t], h))
+            h = forward_state(p, x[:, t], h)
+        return torch.stack(outputs, 1), h
+
+    agree(meta_gradient(model, tasks, truncate=2), loop(model, tasks, forward=truncated))
+
+
+def forward_state(p, x_t, h):
+    z = linear(h, p["state_mlp.hidden.weight"], p["state_mlp.hidden.bias"]).clamp(min=0)
+    return linear(z, p["state_mlp.out.weight"], p["state_mlp.out.bias"]) + linear(
+        x_t, p["state_input.weight"], p["state_input.bias"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"adapted": "head"}, ValueError, "'head' chooses none of the trainable parameters"),
+        ({"step_weights": [1.0, 1.0]}, ValueError, r"step_weights must have shape \(K,\) = \(1,\).* got \(2,\)"),
+        ({"first_order": True, "recompute": 1}, ValueError, "first_order stores no graph of a gradient"),
+        ({"recompute": 0}, ValueError, "recompute must be None or at least 1; got 0"),
+        ({"recompute": 1.5}, TypeError, "recompute must be an integer"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be None or at least 1; got 0"),
+        ({"truncate": 0}, ValueError, "truncate must be None or an integer >= 1; got 0"),
+        ({"mixed_mode": True, "compile": True}, ValueError, "mixed_mode needs compile=False"),
+    ],
+)
+def test_a_bad_setting_of_algorithm_or_memory_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        MetaMAML(nn.Linear(D, O), **options)
+
+
+def test_parameters_of_the_loss_cannot_be_learned_in_less_memory():
+    model, tasks = draw((3, 4), (3, 4))
+    scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    maml = MetaMAML(model, RATE, recompute=1, outer_optimizer=SGD([*model.parameters(), scale]))
+    with pytest.raises(ValueError, match="closes over a tensor"):
+        maml.meta_update(tasks, None, lambda output, y: (scale * output - y).square().mean())
