@@ -185,7 +185,13 @@ class _MixedModeGradient(Function):
 
     @staticmethod
     def forward(loss: Callable[..., Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _gradient_and_value(loss, count, *tensors)
+        if not _no_transform_is_active():
+            return _gradient_and_value(loss, count, *tensors)
+        with torch.enable_grad():
+            at = [t.detach().requires_grad_() for t in tensors[:count]]
+            value = loss(*at, *tensors[count:])
+            gradient = torch.autograd.grad(value.sum(), at, materialize_grads=True)
+        return *gradient, value.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -268,15 +274,13 @@ def _derivative_of_gradient(
 
 
 def _is_last_derivative() -> bool:
-    """Whether a backward pass is PyTorch's own, with nothing that differentiates through it.
+    """Whether a backward pass is PyTorch's own, with nothing that differentiates through it."""
+    return not torch.is_grad_enabled() and _no_transform_is_active()
 
-    Then its derivatives are taken without torch.func, which costs a layer of Python less.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
-    )
+
+def _no_transform_is_active() -> bool:
+    """Whether derivatives may be taken with autograd itself, which costs a layer of Python less than torch.func."""
+    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
 
 
 def _is_mapped_here(tensor: Tensor) -> bool:
