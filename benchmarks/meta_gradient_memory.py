@@ -280,6 +280,7 @@ def plot(figures: dict[str, dict[str, Any]], path: Path) -> None:
     for axis in axes:
         axis.set_xlabel("inner steps K")
         axis.set_xticks(reference, [str(k) for k in reference])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ssmrl.adaptation import AdaptationConfig, Adapted, Adapter, adapt, mse_loss
     from ssmrl.core import GRU, LSTM, MLP, DiagonalSSM, StateModel, StateSpaceModel, Transformer
     from ssmrl.env_runner import Environment
-    from ssmrl.meta_rl import MetaMAML, Task
+    from ssmrl.meta_rl import MetaLearner, MetaMAML, Task
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ _HOME = {
     "Adapter": "adaptation",
     "DiagonalSSM": "core",
     "Environment": "env_runner",
+    "MetaLearner": "meta_rl",
     "MetaMAML": "meta_rl",
     "StateModel": "core",
     "StateSpaceModel": "core",
@@ -40,6 +41,7 @@ __all__ = [
     "Adapter",
     "DiagonalSSM",
     "Environment",
+    "MetaLearner",
     "MetaMAML",
     "StateModel",
     "StateSpaceModel",

@@ -14,7 +14,7 @@ import ssmrl
 HOMES = {
     "core": ["GRU", "LSTM", "MLP", "DiagonalSSM", "StateModel", "StateSpaceModel", "Transformer"],
     "adaptation": ["AdaptationConfig", "Adapted", "Adapter", "adapt", "mse_loss"],
-    "meta_rl": ["MetaMAML", "Task"],
+    "meta_rl": ["MetaLearner", "MetaMAML", "Task"],
     "env_runner": ["Environment"],
 }
 PLACES = [(home, name) for home, names in HOMES.items() for name in names]

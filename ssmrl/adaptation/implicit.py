@@ -43,7 +43,8 @@ def adapt_implicitly(
         loss_fn: (params, *args) -> scalar loss. It must close over nothing that is differentiated or mapped.
         params: θ, a pytree of floating-point tensors.
         *args: what `loss_fn` takes after the parameters.
-        optimizer: a TorchOpt gradient transformation, for the minimum.
+        optimizer: a TorchOpt gradient transformation, for the minimum; rates in it get no derivative, as the minimum
+            does not depend on them.
         num_steps: its steps.
         strength: λ > 0.
         solver: `conjugate_gradient(...)` or `neumann_series(...)`, for the linear system of the derivative.
@@ -76,7 +77,7 @@ def adapt_implicitly(
         result: Vector = adapted.params
         return result
 
-    refuse_captured(loss, *start, *others)
+    refuse_captured(loss, *start, *others, loser="the implicit derivative")
     return structure.tree(_Minimum.apply(minimum, loss, strength, solver, count, *start, *others))
 
 
@@ -84,9 +85,10 @@ def conjugate_gradient(num_steps: int) -> Solver:
     """Conjugate gradients from zero: exact after as many steps as A has distinct eigenvalues, A positive definite.
 
     Args:
-        num_steps: at most so many; a system that is solved before stays as it is.
+        num_steps: at most so many, at least 1; a system that is solved before stays as it is.
     """
-    check_num_steps("num_steps", num_steps)
+    if check_num_steps("num_steps", num_steps) < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
 
     def solve(product: Callable[[Vector], Vector], b: Vector) -> Vector:
         x = tuple(torch.zeros_like(t) for t in b)

@@ -59,19 +59,20 @@ def adapt(
         optimizer_state: a state to carry on from; None starts afresh.
         first_order: cut the graph at every gradient, as first-order MAML does (Finn et al. 2017, section 5.2,
             https://arxiv.org/abs/1703.03400): d θ_K / d θ_0 is then the identity, unless the optimizer itself
-            reads the parameters, as weight decay does.
+            reads the parameters, as weight decay does. The losses have no derivative then.
         mixed_mode: differentiate every step's gradient by forward mode over reverse mode (`mixed_mode_grad_and_value`):
             the same numbers, and the graph of no gradient is stored.
         recompute: store the parameters and the optimizer's state once in this many steps, and run the steps between
             again when a derivative asks for them: the same numbers. 1 stores the least beside K copies of the
             parameters; about √K keeps √K of them. None stores everything.
             With `mixed_mode` or `recompute`, all that is differentiated or mapped has to come in `params`, `args` or
-            `optimizer_state`.
+            `optimizer_state`, and `loss_fn` must draw no random numbers.
 
     Raises:
         TypeError: the optimizer is not a gradient transformation, or num_steps or recompute not an integer.
         ValueError: num_steps is negative, recompute less than 1; first_order with mixed_mode or recompute, of which it
-            leaves nothing to do; or `loss_fn` closes over what `mixed_mode` or `recompute` would lose.
+            leaves nothing to do; or `loss_fn` closes over what `mixed_mode` or `recompute` would lose, or draws
+            random numbers.
     """
     check_optimizer("optimizer", optimizer)
     num_steps = check_num_steps("num_steps", num_steps)
@@ -135,9 +136,15 @@ def check_memory_options(first_order: bool, mixed_mode: bool, recompute: int | N
 def _start(optimizer: GradientTransformation, like: Any, carried: Any) -> Any:
     """The optimizer's state before the first step, fresh or carried on, with the batch axes that `vmap` hides.
 
-    They are those of `like`, a gradient: TorchOpt updates its moments in place, so they have to have them.
+    They are those of `like`, a gradient, and of tensors in the state itself, such as rates: TorchOpt updates moments in
+    place, so they have to have them.
     """
-    fresh = optimizer.init(pytree.tree_map(Tensor.detach, like))
+    like = pytree.tree_map(Tensor.detach, like)
+    fresh = optimizer.init(like)
+    state: Any = fresh if carried is None else carried
+    mapped = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor) and torch._C._functorch.is_batchedtensor(t)]
+    if mapped:
+        fresh = optimizer.init(_with_axes_of(mapped, like))
     return fresh if carried is None else pytree.tree_map(_batch_like, carried, fresh)
 
 
@@ -149,9 +156,12 @@ def _batch_like(carried: Any, fresh: Any) -> Any:
 def _mapped_like(params: Any, args: Any) -> Any:
     """The parameters, without a graph, with all axes that `vmap` hides in them and in `args`, as a gradient has."""
     tree: Any = (params, args)
-    tensors = [leaf.detach() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return _with_axes_of([leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)], params)
+
+
+def _with_axes_of(tensors: list[Tensor], params: Any) -> Any:
     return pytree.tree_map(
-        lambda p: p.detach() + sum(t.new_zeros((), dtype=p.dtype, device=p.device) for t in tensors), params
+        lambda p: p.detach() + sum(t.detach().new_zeros((), dtype=p.dtype, device=p.device) for t in tensors), params
     )
 
 

@@ -100,7 +100,7 @@ def scale_by_learning_rates(rates: Any, *, per_step: bool = False) -> GradientTr
     ) -> tuple[Any, LearningRatesState]:
         del params, inplace
         gradients, structure = pytree.tree_flatten(updates)
-        at: list[Tensor] = pytree.tree_leaves(state.rates)
+        at: list[Tensor] = pytree.tree_leaves(_keyed_like(state.rates, updates))
         if len(at) not in (1, len(gradients)):
             raise ValueError(
                 f"rates must be one tensor, or one for each of the {len(gradients)} parameters; got {len(at)}."
@@ -112,6 +112,17 @@ def scale_by_learning_rates(rates: Any, *, per_step: bool = False) -> GradientTr
         return pytree.tree_unflatten(structure, scaled), LearningRatesState(state.rates, state.step + 1)
 
     return GradientTransformation(init, update)
+
+
+def _keyed_like(rates: Any, updates: Any) -> Any:
+    """Rates with the keys of mappings in the order that the updates have them."""
+    if isinstance(rates, Tensor):
+        return rates
+    if isinstance(updates, Mapping) and isinstance(rates, Mapping):
+        if updates.keys() != rates.keys():
+            raise ValueError(f"rates must have the keys of the parameters, {list(updates)}; got {list(rates)}.")
+        return type(updates)((key, _keyed_like(rates[key], updates[key])) for key in updates)  # type: ignore[call-arg]
+    return rates
 
 
 def _scale(gradient: Any, rate: Tensor) -> Tensor:
@@ -231,9 +242,9 @@ def _addcmul(x: Tensor, left: Tensor, right: Tensor, *, value: float = 1) -> Ten
     return x + value * left * right
 
 
-def _div(x: Tensor, divisor: Any) -> Tensor:
+def _div(x: Tensor, divisor: Any, **options: Any) -> Tensor:
     # A divisor without axes does not change the dtype of x, unless x has no axes either.
-    return torch.div(x, divisor.to(x.dtype) if isinstance(divisor, Tensor) else divisor)
+    return torch.div(x, divisor.to(x.dtype) if isinstance(divisor, Tensor) else divisor, **options)
 
 
 def _rpow(exponent: Tensor, base: Any) -> Any:

@@ -32,7 +32,8 @@ def recomputed(function: Callable[..., Result]) -> Callable[..., Result]:
 
     Args:
         function: pytrees of tensors -> a pytree of tensors. A pure function of its arguments: a tensor that it closes
-            over is a constant, whose derivative is lost. Leaves that are no tensors pass through as they are.
+            over is a constant, whose derivative is lost, and random numbers that it draws are others when it runs
+            again. Leaves that are no tensors pass through as they are.
     """
 
     def run(*arguments: Any) -> Result:
@@ -43,7 +44,7 @@ def recomputed(function: Callable[..., Result]) -> Callable[..., Result]:
             outputs, structure = taken_apart(function(*arguments_structure.tree(tensors)))
             results.append(structure)
             # Counts too as floating-point numbers, exact to 2^53: autograd wants results that could have a derivative.
-            return tuple(t if t.is_floating_point() else t.double() for t in outputs)
+            return tuple(t if t.is_floating_point() or t.is_complex() else t.double() for t in outputs)
 
         outputs = _Recomputed.apply(of_tensors, *tensors)
         structure = results[0]
@@ -65,7 +66,7 @@ def mixed_mode_grad_and_value(loss_fn: Callable[..., Tensor]) -> Callable[..., t
 
     Args:
         loss_fn: (params, *args) -> scalar; params a pytree of floating-point tensors. A pure function of its arguments:
-            a tensor that it closes over is a constant, whose derivative is lost.
+            a tensor that it closes over is a constant, whose derivative is lost; it must draw no random numbers.
     """
 
     def run(params: Any, *arguments: Any) -> tuple[Any, Tensor]:
@@ -82,32 +83,57 @@ def mixed_mode_grad_and_value(loss_fn: Callable[..., Tensor]) -> Callable[..., t
     return run
 
 
-def refuse_captured(function: Callable[..., Any], *arguments: Any) -> None:
+def refuse_captured(function: Callable[..., Any], *arguments: Any, loser: str = "mixed_mode and recompute") -> None:
     """Refuse a function that closes over a tensor whose derivative, or axis under `vmap`, would be lost.
 
-    It is run once on zeros in place of its arguments: what then still has a derivative or a mapped axis came in by
-    another way.
+    It is run once on plain copies of its arguments, the first along every mapped axis: what then still has a derivative
+    or a mapped axis came in by another way. A function that draws random numbers is refused too, since it would draw
+    others when it is run again.
+
+    Args:
+        loser: what would lose it, for the error.
 
     Raises:
-        ValueError: there is such a tensor.
+        ValueError: there is such a tensor, or random numbers are drawn.
     """
     tensors, structure = taken_apart(arguments)
-    blank = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
-    if any(map(_is_tracked, taken_apart(function(*structure.tree(blank)))[0])):
+    before = torch.get_rng_state()
+    results, _ = taken_apart(function(*structure.tree([_plain(t) for t in tensors])))
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
         raise ValueError(
-            "loss_fn or the optimizer closes over a tensor that is differentiated or mapped by vmap, which "
-            "mixed_mode and recompute would lose; pass it to adapt as one of *args, which loss_fn then takes after "
-            "params, or detach it."
+            f"loss_fn draws random numbers, which would be others when {loser} run it again; draw them before, and "
+            f"pass them as one of *args."
         )
+    if any(map(_is_tracked, results)):
+        raise ValueError(
+            f"loss_fn or the optimizer closes over a tensor that is differentiated or mapped by vmap, which {loser} "
+            f"would lose; pass it to adapt as one of *args, which loss_fn then takes after params, or detach it."
+        )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without a graph and without mapped axes, of each of which the first entry is taken."""
+    transforms = torch._C._functorch
+    while transforms.is_functorch_wrapped_tensor(tensor):
+        axis = transforms.maybe_get_bdim(tensor) if transforms.is_batchedtensor(tensor) else None
+        tensor = transforms.get_unwrapped(tensor)
+        tensor = tensor if axis is None else tensor.select(axis, 0)
+    return forward_ad.unpack_dual(tensor).primal.detach() if forward_ad._current_level >= 0 else tensor.detach()
 
 
 def _is_tracked(tensor: Tensor) -> bool:
     transforms = torch._C._functorch
-    while transforms.is_functorch_wrapped_tensor(tensor):
-        if transforms.is_batchedtensor(tensor) or tensor.requires_grad:
+    while True:
+        if tensor.requires_grad or transforms.is_batchedtensor(tensor) or _has_tangent(tensor):
             return True
+        if not transforms.is_functorch_wrapped_tensor(tensor):
+            return False
         tensor = transforms.get_unwrapped(tensor)
-    return tensor.requires_grad
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class _Structure:
@@ -153,8 +179,9 @@ class _Recomputed(Function):
             with torch.enable_grad():
                 at = [t.detach().requires_grad_() for t in at]
                 moving = [(o, c) for o, c in zip(function(*at), cotangents, strict=True) if o.requires_grad]
-                outputs, along = zip(*moving, strict=True)
-            gradient = torch.autograd.grad(outputs, at, along, allow_unused=True)
+            if not moving:
+                return (None,) * (1 + len(tensors))
+            gradient = torch.autograd.grad([o for o, _ in moving], at, [c for _, c in moving], allow_unused=True)
         else:
             gradient = vjp(function, *at)[1](cotangents)
         return None, *scatter(gradient, needed, len(tensors))
@@ -190,6 +217,8 @@ class _MixedModeGradient(Function):
         with torch.enable_grad():
             at = [t.detach().requires_grad_() for t in tensors[:count]]
             value = loss(*at, *tensors[count:])
+            if not value.requires_grad:  # a loss that does not depend on the parameters
+                return *(torch.zeros_like(t) for t in at), value
             gradient = torch.autograd.grad(value.sum(), at, materialize_grads=True)
         return *gradient, value.detach()
 
@@ -260,7 +289,10 @@ def _derivative_of_gradient(
             at = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
             at[:count] = [forward_ad.make_dual(t, v) for t, v in zip(at[:count], direction, strict=True)]
             weight = forward_ad.make_dual(torch.ones_like(of_value), of_value)
-            first = torch.autograd.grad(weighted(weight, *at), [at[i] for i in needed], materialize_grads=True)
+            total = weighted(weight, *at)
+            if not total.requires_grad:
+                return [torch.zeros_like(tensors[i]) for i in needed]
+            first = torch.autograd.grad(total, [at[i] for i in needed], materialize_grads=True)
             along = [forward_ad.unpack_dual(g).tangent for g in first]
             return [torch.zeros_like(g) if t is None else t for g, t in zip(first, along, strict=True)]
     except RuntimeError as error:

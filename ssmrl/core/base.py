@@ -102,7 +102,7 @@ def functional_forward(
         hidden_state: None means `model.init_hidden(B)`, evaluated with `params`, so that an initial state that
             is a parameter is differentiated like every other; for a model without `init_hidden`, no state.
         truncate: cut the derivative through the state every this many steps of a sequence, the first after so many;
-            None: nowhere. The values are the same.
+            None: nowhere. The values are the same. It needs a model with a state and an output for every step.
 
     Returns:
         The output and the next state, which is None for a model that returns only an output.
@@ -110,11 +110,12 @@ def functional_forward(
     Raises:
         ValueError: the model has no parameter or buffer of a name in `params`, or truncate is less than 1.
     """
-    values = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    unknown = params.keys() - values.keys() - {name for name, _ in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    unknown = params.keys() - buffers.keys() - {name for name, _ in model.named_parameters()}
     if unknown:
         raise ValueError(f"params must hold names of the model's parameters; got {sorted(unknown)}.")
-    values.update(params)
+    values = {name: params[name].clone() if name in params else b.detach().clone() for name, b in buffers.items()}
+    values.update({name: p for name, p in params.items() if name not in buffers})
     named = {f"model.{name}": value for name, value in values.items()}
     explicit = _ExplicitState(model)
     if truncate is None or x.dim() != 3 or x.shape[1] <= check_truncate(truncate):
@@ -124,6 +125,11 @@ def functional_forward(
     for piece in x.split(truncate, dim=1):
         state = _detached(hidden_state) if outputs else hidden_state
         output, hidden_state = functional_call(explicit, named, (piece, state))
+        if hidden_state is None or output.shape[:2] != piece.shape[:2]:
+            raise ValueError(
+                f"truncate needs a model with a state, and an output for every step; {type(model).__name__} gave "
+                f"{'no state' if hidden_state is None else f'an output of shape {tuple(output.shape)}'}."
+            )
         outputs.append(output)
     return torch.cat(outputs, dim=1), hidden_state
 

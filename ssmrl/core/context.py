@@ -33,7 +33,9 @@ class WithContext(nn.Module):
     def __init__(self, model: nn.Module, context_dim: int) -> None:
         super().__init__()
         check_dimensions(context_dim=context_dim)
-        like = next(model.parameters())
+        like = next(model.parameters(), None)
+        if like is None:
+            raise ValueError(f"model must have parameters; {type(model).__name__} has none.")
         self.model = model
         self.context = nn.Parameter(torch.zeros(context_dim, dtype=like.dtype, device=like.device))
         if hasattr(model, "init_hidden"):  # a model without a state stays one

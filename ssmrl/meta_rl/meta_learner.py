@@ -116,6 +116,8 @@ class MetaLearner:
 def map_over_tasks(task_loss: TaskLoss, meta_params: Any, tasks: Any) -> Tensor:
     """(N,) losses of the same meta-parameters on every task of a stack."""
     losses: Tensor = vmap(task_loss, in_dims=(None, 0))(meta_params, tasks)
+    if losses.dim() != 1:
+        raise ValueError(f"task_loss must return a scalar for a task; got shape {tuple(losses.shape[1:])}.")
     return losses
 
 
@@ -180,6 +182,8 @@ class OuterStep:
             check_rate("outer_lr", outer_lr)
         if max_grad_norm is not None:
             check_rate("max_grad_norm", max_grad_norm)
+            if max_grad_norm == 0:
+                raise ValueError("max_grad_norm must be > 0, or nothing would be learned; got 0.")
         if optimizer is None:
             rate = self.DEFAULT_LR if outer_lr is None else outer_lr
             optimizer = torch.optim.Adam(params, lr=rate, fused=all(p.is_floating_point() for p in params))
@@ -253,7 +257,7 @@ def check_chunk_size(chunk_size: Any) -> int | None:
 
 def check_compile(compile: Any) -> bool | Literal["trace"]:
     """Refuse what is not one of the three ways to run."""
-    if compile not in (False, True, "trace"):
+    if not (compile is True or compile is False or compile == "trace"):
         raise ValueError(f'compile must be True, False or "trace"; got {compile!r}.')
     result: bool | Literal["trace"] = compile
     return result

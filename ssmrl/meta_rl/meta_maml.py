@@ -51,7 +51,7 @@ class MetaMAML:
         first_order: leave out the second derivatives (FOMAML, section 5.2 of the paper).
         inner_steps: K.
         inner_optimizer: any TorchOpt gradient transformation in place of SGD; its state is fresh for every task. Rates
-            that are tensors (`scale_by_learning_rates`) are learned if the outer optimizer holds them.
+            that are tensors and require a gradient (`learning_rates`) are learned; the outer optimizer must hold them.
         outer_optimizer: any `torch.optim` optimizer whose step needs no closure, in place of Adam. What it holds
             beside the model's parameters (rates, an initial state that is passed in, parameters of the loss) is learned
             too.
@@ -98,25 +98,41 @@ class MetaMAML:
         compile: bool | Literal["trace"] = False,
     ) -> None:
         params = trainable_parameters(model)
-        check_memory_options(first_order, mixed_mode, recompute)
         self.compile = check_compile(compile)
         if compile and mixed_mode:
-            raise ValueError("PyTorch cannot record forward mode: mixed_mode needs compile=False.")
-        if not first_order:
-            _check_norms(model)
+            raise ValueError("PyTorch does not record forward mode reliably: mixed_mode needs compile=False.")
         self.model = model
+        self.mixed_mode = mixed_mode
+        self.recompute = recompute
         self.first_order = first_order
         self.inner_steps = check_num_steps("inner_steps", inner_steps)
         self.inner_optimizer = sgd_unless_given(inner_optimizer, inner_lr, name="inner_optimizer", rate_name="inner_lr")
         self.adapted = list(params) if adapted is None else select(model, adapted)
         self.step_weights = step_weights
-        self.mixed_mode = mixed_mode
-        self.recompute = recompute
         self.chunk_size = check_chunk_size(chunk_size)
         self.truncate = None if truncate is None else check_truncate(truncate)
         self.outer_step = OuterStep(params.values(), outer_lr, outer_optimizer, max_grad_norm)
         self._step_weights()
+        self._rates = learned_tensors(self.inner_optimizer, split(params, self.adapted)[0])
+        held = {id(p) for p in self.outer_step.learned()}
+        if any(id(rate) not in held for rate in self._rates):
+            raise ValueError(
+                "inner_optimizer has rates that require a gradient, which outer_optimizer does not hold: pass it the "
+                "model's parameters and the rates, or detach the rates."
+            )
         self._traced: dict[Any, Traced] = {}
+
+    @property
+    def first_order(self) -> bool:
+        """Whether second derivatives are left out; may be changed between updates, as MAML++ does."""
+        return self._first_order
+
+    @first_order.setter
+    def first_order(self, first_order: bool) -> None:
+        check_memory_options(first_order, self.mixed_mode, self.recompute)
+        if not first_order:
+            _check_norms(self.model)
+        self._first_order = first_order
 
     @property
     def outer_optimizer(self) -> torch.optim.Optimizer:
@@ -138,7 +154,7 @@ class MetaMAML:
             loss_fn: (output, y) -> scalar, a mean over the batch.
 
         Returns:
-            The mean query loss after adaptation, before the outer step.
+            The mean query loss after adaptation, or its weighted sum over steps, before the outer step.
 
         Raises:
             TypeError, ValueError: tasks or states that do not fit, or data that are not finite.
@@ -148,7 +164,7 @@ class MetaMAML:
         params = trainable_parameters(self.model)
         state = _as_leaves(initial_hidden_state)
         groups = self._chunks(group_tasks(tasks, state, _first(params)))
-        self._check_learned(params, state)
+        self._check_learned(state)
         num_tasks = sum(len(group.indices) for group in groups)
         losses = torch.empty(num_tasks, dtype=_first(params).dtype)
         with self.outer_step.clean(params.values()):
@@ -252,10 +268,11 @@ class MetaMAML:
         if not self.compile:
             # Constants are in the model, rates in the inner optimizer, which have their gradient from there.
             weights: dict[str, Tensor] = dict(params)
-            losses = self._query_losses((weights, [], group.initial_state), {}, group, loss_fn, options)
+            meta: Any = (weights, [], group.initial_state)
+            losses = self._query_losses(meta, {}, group, loss_fn, options, step_weights=self._step_weights())
             (losses.sum() / num_tasks).backward()
             return losses.detach()
-        rates = self._rates(params)
+        rates = self._rates
         key = (loss_fn, self.inner_optimizer, *options.values(), group.state_axis, self.truncate, self.model.training)
         if key not in self._traced:
             gradient = partial(
@@ -263,9 +280,9 @@ class MetaMAML:
             )
             self._traced[key] = Traced(gradient, inductor=self.compile is True)
         state = [leaf for leaf in _tensors(group.initial_state) if leaf.is_floating_point()]
-        meta = (dict(params), rates, state)
+        learned = (dict(params), rates, state)
         data = (tuple(group.tasks), group.initial_state, self._step_weights())
-        result: tuple[Any, Tensor] = self._traced[key](meta, self._constants(), *data)
+        result: tuple[Any, Tensor] = self._traced[key](learned, self._constants(), *data)
         (of_params, of_rates, of_state), losses = result
         accumulate((dict(params), rates), (of_params, of_rates), num_tasks)
         for leaf, share in zip(state, of_state, strict=True):
@@ -316,9 +333,9 @@ class MetaMAML:
 
         Args:
             meta: parameters, tensors in place of `rates` in the inner optimizer, and initial state.
+            step_weights: (K,) for the multi-step loss; None: the loss after the last step.
         """
         loss = partial(self._loss, loss_fn)
-        step_weights = self._step_weights() if step_weights is None else step_weights
 
         def task_loss(params: dict[str, Tensor], rates_now: list[Tensor], task: Task, state: Any) -> Tensor:
             optimizer = with_tensors(self.inner_optimizer, rates, rates_now) if rates else self.inner_optimizer
@@ -328,7 +345,7 @@ class MetaMAML:
                 "query": (task.query_x, task.query_y),
                 "shared": ({**constants, **others}, state),
             }
-            if step_weights is None or options["num_steps"] != len(step_weights):  # evaluated after other steps
+            if step_weights is None:
                 return post_adaptation_loss(loss, own, **data, optimizer=optimizer, **options)
             rest = {name: option for name, option in options.items() if name != "num_steps"}
             return multi_step_loss(loss, own, **data, weights=step_weights, optimizer=optimizer, **rest)
@@ -349,14 +366,10 @@ class MetaMAML:
         frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
         return {**frozen, **dict(self.model.named_buffers())}
 
-    def _rates(self, params: Mapping[str, Tensor]) -> list[Tensor]:
-        """Tensors in the inner optimizer that can be learned."""
-        return learned_tensors(self.inner_optimizer, split(params, self.adapted)[0])
-
-    def _check_learned(self, params: Mapping[str, Tensor], state: Any) -> None:
+    def _check_learned(self, state: Any) -> None:
         """Refuse to compile where the outer optimizer learns what only PyTorch's own graph knows of."""
         if self.compile:
-            known = [*self.model.parameters(), *self._rates(params), *_tensors(state)]
+            known = [*self.model.parameters(), *self._rates, *_tensors(state)]
             if self.outer_step.others(known):
                 raise ValueError(
                     f"compile={self.compile!r} differentiates the model's parameters, rates of the inner optimizer and "

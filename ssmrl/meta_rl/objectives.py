@@ -69,7 +69,8 @@ def multi_step_loss(
 
     Args:
         weights: (K,) w_k; a tensor that may change from call to call, as the paper anneals it towards the last step.
-        loss_fn, params, support, query, shared, optimizer, **options: as for `post_adaptation_loss`.
+        loss_fn, params, support, query, shared, optimizer, **options: as for `post_adaptation_loss`; with `recompute`
+            every step is a group of its own.
 
     Raises:
         ValueError: weights is not of shape (K,) with K >= 1.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torchopt
-from torch.func import grad
+from torch.func import grad, vmap
 
 from ssmrl.adaptation import adapt, clip_by_global_norm, learning_rates, scale_by_learning_rates
 from ssmrl.adaptation.optim import (
@@ -236,3 +237,22 @@ def test_the_derivative_of_an_adam_step_where_the_gradient_is_zero_is_that_on_bo
 
     assert float(grad(after)(f64(0.0))) == pytest.approx(-2.0)
     assert float(grad(after)(f64(1e-9))) == pytest.approx(-2.0, rel=1e-6)
+
+
+def test_rates_go_by_name_whatever_the_order_of_the_parameters():
+    params = OrderedDict(w=f64(1.0), b=f64(1.0))
+    scaled = step(scale_by_learning_rates({"w": f64(1.0), "b": f64(0.0)}), params)
+    assert (scaled["w"], scaled["b"]) == (-1.0, 0.0)
+    with pytest.raises(ValueError, match=r"rates must have the keys of the parameters, \['w', 'b'\]; got \['a', 'c'\]"):
+        step(scale_by_learning_rates({"a": f64(1.0), "c": f64(0.0)}), params)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": 1}, {"mixed_mode": True}])
+@pytest.mark.parametrize("make", [torchopt.transform.scale_by_adam, lambda: torchopt.transform.trace(0.9)])
+def test_vmap_over_rates_alone_equals_a_loop(make, options):
+    def after(rate):
+        optimizer = torchopt.chain(make(), scale_by_learning_rates(rate))
+        return adapt(lambda x: (x**2).sum(), f64([1.0, 2.0]), optimizer=optimizer, num_steps=3, **options).params
+
+    rates = f64([0.1, 0.2, 0.3])
+    torch.testing.assert_close(vmap(after)(rates), torch.stack([after(rate) for rate in rates]))

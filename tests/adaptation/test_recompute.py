@@ -241,3 +241,62 @@ def test_a_group_of_no_steps_is_refused(recompute):
     params, x, y = problem()
     with pytest.raises(ValueError, match="recompute must be"):
         adapt(loss, params, x, y, optimizer=torchopt.sgd(0.1), num_steps=1, recompute=recompute)
+
+
+@over_modes
+def test_a_loss_that_draws_random_numbers_is_refused_and_the_generator_left_as_it_was(options):
+    params, x, y = problem()
+
+    def noisy(params, x, y):
+        return loss(params, x + torch.randn_like(x), y)
+
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="loss_fn draws random numbers"):
+        adapt(noisy, params, x, y, optimizer=torchopt.sgd(0.1), num_steps=1, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@over_modes
+def test_a_captured_tensor_with_a_tangent_is_refused(options):
+    params, x, y = problem()
+
+    def closes_over(x):
+        return adapt(lambda p: loss(p, x, y), params, optimizer=torchopt.sgd(0.1), num_steps=1, **options).params["a"]
+
+    with pytest.raises(ValueError, match="closes over a tensor"):
+        jvp(closes_over, (x,), (x,))
+
+
+@over_modes
+def test_a_loss_sees_no_values_that_the_caller_did_not_pass(options):
+    params, x, y = problem()
+
+    def positive(params, x, scale):
+        assert (scale > 0).all()
+        return loss(params, x, y) / scale.sum()
+
+    adapt(positive, params, x, torch.ones(2), optimizer=torchopt.sgd(0.1), num_steps=1, **options)
+    scales = torch.ones(3, 2)
+    run = partial(adapt, positive, params, x, optimizer=torchopt.sgd(0.1), num_steps=1, **options)
+    # Under vmap a value cannot be looked at, but the copy that is tried first can.
+    with pytest.raises(RuntimeError, match="vmap"):
+        vmap(lambda scale: run(scale).params["a"])(scales)
+
+
+def test_what_does_not_depend_on_an_argument_has_no_derivative():
+    x = f64(2.0).requires_grad_()
+    recomputed(lambda x: x.detach() * 2 + 0 * x.new_ones(()))(x)
+    y = recomputed(lambda x: (x.detach() * 2, x * 3))(x)
+    (y[0] + y[1]).backward()
+    assert x.grad == 3.0
+    (recomputed(lambda x: x.detach() * 2)(x) + 0 * x).backward()
+    assert x.grad == 3.0
+    gradient, value = mixed_mode_grad_and_value(lambda p, x: x.square())(f64(1.0).requires_grad_(), x)
+    assert gradient == 0.0
+    (gradient + value.square()).backward()
+    assert x.grad == 3.0 + 4 * 2.0**3
+
+
+def test_complex_results_stay_complex():
+    result = recomputed(torch.complex)(f64(1.0), f64(2.0))
+    assert result == 1 + 2j

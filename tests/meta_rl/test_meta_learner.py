@@ -127,3 +127,9 @@ def test_an_outer_optimizer_of_more_than_the_meta_parameters_is_refused():
     optimizer = SGD([*leaves(meta), nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="outer_optimizer must hold no tensors but those of meta_params"):
         MetaLearner(meta_sgd, meta, outer_optimizer=optimizer)
+
+
+def test_a_task_loss_that_is_no_scalar_is_refused():
+    learner = MetaLearner(lambda meta, task: meta["w"] * task, {"w": nn.Parameter(torch.ones(5))})
+    with pytest.raises(ValueError, match=r"task_loss must return a scalar for a task; got shape \(5,\)"):
+        learner.update(torch.zeros(3, 5))
