@@ -40,7 +40,7 @@ def adapt_implicitly(
     that of the minimum and of the solver: as both converge, the derivative does.
 
     Args:
-        loss_fn: (params, *args) -> scalar loss. It must close over nothing that is differentiated or mapped.
+        loss_fn: `(params, *args) -> scalar` loss. It must close over nothing that is differentiated or mapped.
         params: θ, a pytree of floating-point tensors.
         *args: what `loss_fn` takes after the parameters.
         optimizer: a TorchOpt gradient transformation, for the minimum; rates in it get no derivative, as the minimum

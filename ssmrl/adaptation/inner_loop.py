@@ -50,7 +50,7 @@ def adapt(
     over any axis of `params`, `optimizer_state`, `args` or what `loss_fn` closes over, in any combination.
 
     Args:
-        loss_fn: (params, *args) -> scalar loss.
+        loss_fn: `(params, *args) -> scalar` loss.
         params: a pytree of floating-point tensors.
         *args: pytrees that `loss_fn` takes after the parameters, such as data, an initial state, or parameters that do
             not adapt.

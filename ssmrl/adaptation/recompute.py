@@ -65,8 +65,9 @@ def mixed_mode_grad_and_value(loss_fn: Callable[..., Tensor]) -> Callable[..., t
     2025, "Scalable Meta-Learning via Mixed-Mode Differentiation", https://arxiv.org/abs/2505.00793.
 
     Args:
-        loss_fn: (params, *args) -> scalar; params a pytree of floating-point tensors. A pure function of its arguments:
-            a tensor that it closes over is a constant, whose derivative is lost; it must draw no random numbers.
+        loss_fn: `(params, *args) -> scalar`; params a pytree of floating-point tensors. A pure function of its
+            arguments: a tensor that it closes over is a constant, whose derivative is lost; it must draw no random
+            numbers.
     """
 
     def run(params: Any, *arguments: Any) -> tuple[Any, Tensor]:

@@ -38,7 +38,7 @@ def select(model: nn.Module, selectors: Selector | Iterable[Selector]) -> list[s
         model: the model.
         selectors: one or several of
             a name of a parameter, or of a module, all of whose parameters are meant: "readout", "readout.0.weight";
-            a pattern of names with * and ?: "*.bias";
+            a pattern of names with `*` and `?`, such as `"*.bias"`;
             a module of the model, all of whose parameters are meant;
             a predicate (name, parameter) -> bool.
 

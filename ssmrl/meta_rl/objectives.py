@@ -40,11 +40,12 @@ def post_adaptation_loss(
     With `shared` parameters that do not adapt ANIL or CAVIA, with learned rates in `optimizer` Meta-SGD.
 
     Args:
-        loss_fn: (params, *shared, *data) -> scalar.
+        loss_fn: `(params, *shared, *data) -> scalar`.
         params: θ, the pytree that adapts.
         support, query: data for `loss_fn`.
         shared: what `loss_fn` takes between the parameters and the data, such as parameters that do not adapt.
-        optimizer, num_steps, **options: as for `ssmrl.adapt`.
+        optimizer, num_steps: as for `ssmrl.adapt`.
+        **options: others of its settings.
     """
     adapted = adapt(loss_fn, params, *shared, *support, optimizer=optimizer, num_steps=num_steps, **options)
     return loss_fn(adapted.params, *shared, *query)
@@ -69,8 +70,8 @@ def multi_step_loss(
 
     Args:
         weights: (K,) w_k; a tensor that may change from call to call, as the paper anneals it towards the last step.
-        loss_fn, params, support, query, shared, optimizer, **options: as for `post_adaptation_loss`; with `recompute`
-            every step is a group of its own.
+        loss_fn, params, support, query, shared, optimizer: as for `post_adaptation_loss`.
+        **options: other settings of `ssmrl.adapt`; with `recompute` every step is a group of its own.
 
     Raises:
         ValueError: weights is not of shape (K,) with K >= 1.
