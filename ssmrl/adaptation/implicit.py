@@ -13,7 +13,7 @@ from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation.inner_loop import adapt
 from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_rate
-from ssmrl.adaptation.recompute import refuse_captured, scatter, taken_apart
+from ssmrl.adaptation.recompute import of_some, refuse_captured, scatter, taken_apart
 
 __all__ = ["Solver", "adapt_implicitly", "conjugate_gradient", "neumann_series"]
 
@@ -142,27 +142,23 @@ class _Minimum(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         count, at = ctx.count, ctx.saved_tensors
-        others = at[count:]
-        needed = [i for i in range(len(others)) if ctx.needs_input_grad[5 + count + i]]
+        needed = [i for i in range(len(at) - count) if ctx.needs_input_grad[5 + count + i]]
+        moved = [*range(count), *(count + i for i in needed)]
 
         def gradient(*some: Tensor) -> Vector:
             """∇_φ loss as a function of φ, and of the other arguments that need a derivative."""
-            full = (*some[:count], *others)
-            full = tuple(
-                some[count + needed.index(i - count)] if i - count in needed else t for i, t in enumerate(full)
-            )
-            result: Vector = grad(ctx.loss, argnums=tuple(range(count)))(*full)
+            result: Vector = of_some(grad(ctx.loss, argnums=tuple(range(count))), at, moved)(*some)
             return result
 
         # H is symmetric, so that a pullback is a product with it; the graph of the gradient serves them all.
-        pullback = vjp(gradient, *at[:count], *(others[i] for i in needed))[1]
+        pullback = vjp(gradient, *(at[i] for i in moved))[1]
 
         def product(vector: Vector) -> Vector:
             return tuple(v + h / ctx.strength for v, h in zip(vector, pullback(vector), strict=False))
 
         solution = ctx.solver(product, tuple(cotangents))
         mixed = pullback(solution)[count:]
-        of_others = scatter([-m / ctx.strength for m in mixed], needed, len(others))
+        of_others = scatter([-m / ctx.strength for m in mixed], needed, len(at) - count)
         return None, None, None, None, None, *solution, *of_others
 
 

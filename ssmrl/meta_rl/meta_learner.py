@@ -93,7 +93,7 @@ class MetaLearner:
         with self.outer_step.clean(leaves):
             losses = torch.cat([self._backward(chunk, num_tasks) for _, chunk in chunks])
             check_losses(losses)
-            self.outer_step(lambda: [f"leaf {i}" for i, p in enumerate(leaves) if not _is_finite(p.grad)])
+            self.outer_step(lambda: [f"leaf {i}" for i, p in enumerate(leaves) if not is_finite(p.grad)])
         return float(losses.mean())
 
     @torch.no_grad()
@@ -263,5 +263,6 @@ def check_compile(compile: Any) -> bool | Literal["trace"]:
     return result
 
 
-def _is_finite(gradient: Tensor | None) -> bool:
+def is_finite(gradient: Tensor | None) -> bool:
+    """Whether a gradient, if there is one, is finite."""
     return gradient is None or bool(torch.isfinite(gradient).all())

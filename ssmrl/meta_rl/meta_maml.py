@@ -25,7 +25,14 @@ from ssmrl.adaptation.optim import (
 )
 from ssmrl.adaptation.select import Selector, select, split, trainable_parameters
 from ssmrl.core.base import check_truncate, functional_forward
-from ssmrl.meta_rl.meta_learner import OuterStep, accumulate, check_chunk_size, check_compile, check_losses
+from ssmrl.meta_rl.meta_learner import (
+    OuterStep,
+    accumulate,
+    check_chunk_size,
+    check_compile,
+    check_losses,
+    is_finite,
+)
 from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
 from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
 from ssmrl.meta_rl.trace import Traced
@@ -171,7 +178,7 @@ class MetaMAML:
             for group in groups:  # a backward pass each, so that only one group's graph is in memory
                 losses[group.indices] = self._backward(params, group, loss_fn, num_tasks).to(losses)
             check_losses(losses)
-            self.outer_step(lambda: [name for name, p in params.items() if not _is_finite(p.grad)])
+            self.outer_step(lambda: [name for name, p in params.items() if not is_finite(p.grad)])
         return float(losses.mean())
 
     @torch.no_grad()
@@ -407,10 +414,6 @@ def _check_norms(model: nn.Module) -> None:
                 f"PyTorch computes a wrong second derivative of it. Take ssmrl.core.LayerNorm, which has the same "
                 f"arguments, a norm without weights, or first_order=True."
             )
-
-
-def _is_finite(gradient: Tensor | None) -> bool:
-    return gradient is None or bool(torch.isfinite(gradient).all())
 
 
 def _tensors(tree: Any) -> list[Tensor]:
