@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssmrl.adaptation import AdaptationConfig, Adapted, Adapter, adapt, mse_loss
+    from ssmrl.adaptation import AdaptationConfig, Adapted, Adapter, StreamAdapter, adapt, mse_loss
     from ssmrl.core import GRU, LSTM, MLP, DiagonalSSM, StateModel, StateSpaceModel, Transformer
     from ssmrl.env_runner import Environment
     from ssmrl.meta_rl import MetaLearner, MetaMAML, Task
@@ -26,6 +26,7 @@ _HOME = {
     "MetaMAML": "meta_rl",
     "StateModel": "core",
     "StateSpaceModel": "core",
+    "StreamAdapter": "adaptation",
     "Task": "meta_rl",
     "Transformer": "core",
     "adapt": "adaptation",
@@ -45,6 +46,7 @@ __all__ = [
     "MetaMAML",
     "StateModel",
     "StateSpaceModel",
+    "StreamAdapter",
     "Task",
     "Transformer",
     "adapt",

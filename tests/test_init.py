@@ -13,7 +13,7 @@ import ssmrl
 
 HOMES = {
     "core": ["GRU", "LSTM", "MLP", "DiagonalSSM", "StateModel", "StateSpaceModel", "Transformer"],
-    "adaptation": ["AdaptationConfig", "Adapted", "Adapter", "adapt", "mse_loss"],
+    "adaptation": ["AdaptationConfig", "Adapted", "Adapter", "StreamAdapter", "adapt", "mse_loss"],
     "meta_rl": ["MetaLearner", "MetaMAML", "Task"],
     "env_runner": ["Environment"],
 }

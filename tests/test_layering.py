@@ -50,9 +50,9 @@ def test_a_package_imports_only_what_its_layer_may(package):
 
 
 def test_the_inner_loop_needs_no_models():
-    """Losses arrive as arguments: only what holds a model, the Adapter, imports `core`."""
+    """Losses arrive as arguments: only what holds a live model imports `core`."""
     importers = {f.name for f in (ROOT / "adaptation").glob("*.py") if "ssmrl.core" in imported(f.read_text("utf-8"))}
-    assert importers == {"test_time_adaptation.py"}
+    assert importers == {"live.py"}
 
 
 def test_every_package_has_its_layer():

@@ -12,7 +12,7 @@ from torch.func import grad, vjp
 from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation.inner_loop import adapt
-from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_rate
+from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_positive
 from ssmrl.adaptation.recompute import of_some, refuse_captured, scatter, taken_apart
 
 __all__ = ["Solver", "adapt_implicitly", "conjugate_gradient", "neumann_series"]
@@ -55,9 +55,7 @@ def adapt_implicitly(
     Raises:
         TypeError, ValueError: as `adapt`; a strength that is not a finite number > 0.
     """
-    check_rate("strength", strength)
-    if strength == 0:
-        raise ValueError("strength must be > 0; got 0.")
+    check_positive("strength", strength)
     check_optimizer("optimizer", optimizer)
     num_steps = check_num_steps("num_steps", num_steps)
     start, structure = taken_apart(params)

@@ -17,7 +17,12 @@ from torchopt import pytree
 from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation.optim import check_num_steps, check_optimizer, differentiable_update
-from ssmrl.adaptation.recompute import mixed_mode_grad_and_value, recomputed, refuse_captured
+from ssmrl.adaptation.recompute import (
+    a_transform_is_active,
+    mixed_mode_grad_and_value,
+    recomputed,
+    refuse_captured,
+)
 
 __all__ = ["Adapted", "adapt"]
 
@@ -78,9 +83,10 @@ def adapt(
     num_steps = check_num_steps("num_steps", num_steps)
     check_memory_options(first_order, mixed_mode, recompute)
     fresh = optimizer_state is None
-    plain = grad_and_value(loss_fn)
+    differentiated = torch.is_grad_enabled() or torch.is_inference_mode_enabled() or a_transform_is_active()
+    plain = grad_and_value(loss_fn) if differentiated else _gradient_and_value_alone(loss_fn)
     gradient_of = mixed_mode_grad_and_value(loss_fn) if mixed_mode else plain
-    update = differentiable_update(optimizer)
+    update = differentiable_update(optimizer, differentiated=differentiated)
 
     # Without a gradient before them, mixed mode and recomputation start the optimizer's state outside what they wrap.
     ahead = mixed_mode or recompute is not None
@@ -120,6 +126,25 @@ def adapt(
         optimizer_state = optimizer.init(params)
     leaves: list[Tensor] = pytree.tree_leaves(params)
     return Adapted(params, optimizer_state, torch.stack(losses) if losses else leaves[0].new_empty(0))
+
+
+def _gradient_and_value_alone(loss_fn: Callable[..., Tensor]) -> Callable[..., tuple[Any, Tensor]]:
+    """`grad_and_value` by autograd itself, where nothing differentiates or maps it: half the time for small models."""
+
+    def run(params: Any, *args: Any) -> tuple[Any, Tensor]:
+        leaves: list[Tensor]
+        leaves, structure = pytree.tree_flatten(params)
+        with torch.enable_grad():
+            at = [leaf.detach().requires_grad_() for leaf in leaves]
+            loss = loss_fn(pytree.tree_unflatten(structure, at), *args)
+            gradient = (
+                torch.autograd.grad(loss, at, materialize_grads=True)
+                if loss.requires_grad
+                else [torch.zeros_like(leaf) for leaf in at]
+            )
+        return pytree.tree_unflatten(structure, gradient), loss.detach()
+
+    return run
 
 
 def check_memory_options(first_order: bool, mixed_mode: bool, recompute: int | None) -> None:

@@ -20,6 +20,7 @@ from torchopt.base import GradientTransformation
 __all__ = [
     "check_num_steps",
     "check_optimizer",
+    "check_positive",
     "check_rate",
     "clip_by_global_norm",
     "differentiable_update",
@@ -27,6 +28,9 @@ __all__ = [
     "learning_rates",
     "scale_by_learning_rates",
     "sgd_unless_given",
+    "treats_elements_alike",
+    "with_first_call",
+    "with_tensor_counts",
     "with_tensors",
 ]
 
@@ -45,9 +49,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     Raises:
         TypeError, ValueError: max_norm is not a finite number > 0.
     """
-    check_rate("max_norm", max_norm)
-    if max_norm == 0:
-        raise ValueError("max_norm must be > 0; got 0.")
+    check_positive("max_norm", max_norm)
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         del params, inplace  # nothing is written in place, which is allowed either way
@@ -106,12 +108,17 @@ def scale_by_learning_rates(rates: Any, *, per_step: bool = False) -> GradientTr
                 f"rates must be one tensor, or one for each of the {len(gradients)} parameters; got {len(at)}."
             )
         if per_step:
-            at = [rate[min(state.step, len(rate) - 1)] for rate in at]
+            at = [_at_step(rate, state.step) for rate in at]
         at = at * len(gradients) if len(at) == 1 else at
         scaled = [_scale(gradient, rate) for gradient, rate in zip(gradients, at, strict=True)]
         return pytree.tree_unflatten(structure, scaled), LearningRatesState(state.rates, state.step + 1)
 
     return GradientTransformation(init, update)
+
+
+def _at_step(rate: Tensor, step: Any) -> Tensor:
+    last = len(rate) - 1
+    return rate[step.clamp(max=last)] if isinstance(step, Tensor) else rate[min(step, last)]
 
 
 def _keyed_like(rates: Any, updates: Any) -> Any:
@@ -162,6 +169,48 @@ def learning_rates(
     }
 
 
+def with_tensor_counts(optimizer: GradientTransformation) -> GradientTransformation:
+    """`optimizer`, with step counts that TorchOpt keeps as Python numbers as tensors: every stream can have its own."""
+
+    def init(params: Any) -> Any:
+        device = pytree.tree_leaves(params)[0].device
+        return pytree.tree_map(
+            lambda leaf: torch.tensor(leaf, device=device) if type(leaf) is int else leaf, optimizer.init(params)
+        )
+
+    return GradientTransformation(init, optimizer.update)
+
+
+def with_first_call(optimizer: GradientTransformation) -> GradientTransformation:
+    """`optimizer`, with what momentum keeps outside its state in it: that it was never called.
+
+    A first call is another one where there is dampening. Both are made, and the one that the state asks for is taken.
+    """
+    flags = _first_call_flags(optimizer, that_matter=True)
+    if not flags:
+        return optimizer
+
+    def init(params: Any) -> Any:
+        return optimizer.init(params), torch.ones((), dtype=torch.bool, device=pytree.tree_leaves(params)[0].device)
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        del inplace
+        inner, first = state
+        ways = []
+        for is_first in (True, False):
+            for flag in flags:
+                flag.cell_contents = is_first
+            copy = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inner)
+            ways.append(optimizer.update(updates, copy, params=params, inplace=False))
+        updates, inner = pytree.tree_map(
+            lambda a, b: torch.where(first, a, b) if isinstance(a, Tensor) else a,
+            *ways,  # type: ignore[arg-type]
+        )
+        return updates, (inner, torch.zeros_like(first))
+
+    return GradientTransformation(init, update)
+
+
 def learned_tensors(optimizer: GradientTransformation, params: Any) -> list[Tensor]:
     """Tensors that an optimizer brings into its state and that require a gradient, such as learned rates."""
     leaves = pytree.tree_leaves(optimizer.init(pytree.tree_map(Tensor.detach, params)))
@@ -180,8 +229,13 @@ def with_tensors(
     return GradientTransformation(init, optimizer.update)
 
 
-def differentiable_update(optimizer: GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+def differentiable_update(
+    optimizer: GradientTransformation, *, differentiated: bool = True
+) -> Callable[..., tuple[Any, Any]]:
     """`optimizer.update` made safe to map and to differentiate.
+
+    Args:
+        differentiated: False where it is neither mapped nor differentiated: the same numbers, with less around them.
 
     Returns:
         (gradient, state, params, first) -> (updates, state); `first`: the state is fresh from `optimizer.init`.
@@ -191,32 +245,59 @@ def differentiable_update(optimizer: GradientTransformation) -> Callable[..., tu
     def update(gradient: Any, state: Any, params: Any, *, first: bool) -> tuple[Any, Any]:
         for flag in flags:
             flag.cell_contents = first
-        with _ExactArithmetic():
+        with _ExactArithmetic() if differentiated else _ExactValues():
             result: tuple[Any, Any] = optimizer.update(gradient, state, params=params, inplace=False)
         return result
 
     return update
 
 
-def _first_call_flags(optimizer: Any) -> list[CellType]:
-    """Where TorchOpt's momentum keeps, outside its state, that it was never called."""
-    flags: list[CellType] = []
-    functions = [optimizer]
-    seen: set[int] = set()
-    while functions:
-        function = functions.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        if isinstance(function, (tuple, list)):  # a transformation is a tuple of two functions
-            functions += [*function, *getattr(function, "transformations", ())]
-        elif isinstance(function, FunctionType):
-            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-                if name == "first_call":
-                    flags.append(cell)
-                elif cell != CellType():  # a variable that was never set
-                    functions.append(cell.cell_contents)
+def treats_elements_alike(optimizer: GradientTransformation) -> bool:
+    """Whether all parameters may be one vector to it: it is built of TorchOpt's transformations, without masks.
+
+    They treat every element alike, or take a norm over all of them. What is not TorchOpt's may look at names.
+    """
+    functions, values = _reached(optimizer)
+    known = ("torchopt.", "optree.", "torch.", "_operator")
+    clip: Any = clip_by_global_norm(1.0)
+    ours = {clip.update.__qualname__, clip.init.__qualname__}
+    return all(
+        (f"{function.__module__}.".startswith(known) and "masked" not in function.__qualname__)
+        or (function.__module__ == __name__ and function.__qualname__ in ours)
+        for function in functions
+    ) and not any(isinstance(value, (dict, list, Tensor)) for value in values)
+
+
+def _first_call_flags(optimizer: Any, *, that_matter: bool = False) -> list[CellType]:
+    """Where TorchOpt's momentum keeps, outside its state, that it was never called; if asked, only with dampening."""
+    flags = []
+    for function in _reached(optimizer)[0]:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        matters = not that_matter or bool(cells["dampening"].cell_contents) if "dampening" in cells else True
+        if "first_call" in cells and matters:
+            flags.append(cells["first_call"])
     return flags
+
+
+def _reached(optimizer: Any) -> tuple[list[FunctionType], list[Any]]:
+    """The functions that a transformation is made of, and the other values that they close over."""
+    functions: list[FunctionType] = []
+    values: list[Any] = []
+    todo = [optimizer]
+    seen: set[int] = set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (tuple, list)):  # a transformation is a tuple of two functions
+            todo += [*item, *getattr(item, "transformations", ())]
+        elif isinstance(item, FunctionType):
+            functions.append(item)
+            todo += [cell.cell_contents for cell in item.__closure__ or () if cell != CellType()]  # set ones
+        else:
+            values.append(item)
+    return functions, values
 
 
 class _ExactArithmetic(TorchFunctionMode):
@@ -231,6 +312,17 @@ class _ExactArithmetic(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement = _REPLACEMENTS.get(function, function)
         return replacement(*args, **(kwargs or {}))
+
+
+class _ExactValues(TorchFunctionMode):
+    """The part of `_ExactArithmetic` that matters where there are no derivatives: powers in double."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__rpow__:
+            return _rpow(*args)
+        if function is Tensor.div:
+            return _div(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -296,6 +388,13 @@ def check_rate(name: str, rate: Any) -> None:
         raise TypeError(f"{name} must be a number >= 0; got {rate!r}.")
     if not math.isfinite(rate) or rate < 0:
         raise ValueError(f"{name} must be finite and >= 0; got {rate}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a finite number > 0."""
+    check_rate(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be > 0; got 0.")
 
 
 def check_num_steps(name: str, num_steps: Any) -> int:

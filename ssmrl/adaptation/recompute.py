@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.func import grad, jvp, vjp, vmap
 from torchopt import pytree
 
-__all__ = ["mixed_mode_grad_and_value", "recomputed", "refuse_captured"]
+__all__ = ["a_transform_is_active", "mixed_mode_grad_and_value", "recomputed", "refuse_captured"]
 
 Result = TypeVar("Result")
 
@@ -213,7 +213,7 @@ class _MixedModeGradient(Function):
 
     @staticmethod
     def forward(loss: Callable[..., Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if not _no_transform_is_active():
+        if a_transform_is_active():
             return _gradient_and_value(loss, count, *tensors)
         with torch.enable_grad():
             at = [t.detach().requires_grad_() for t in tensors[:count]]
@@ -308,12 +308,12 @@ def _derivative_of_gradient(
 
 def _is_last_derivative() -> bool:
     """Whether a backward pass is PyTorch's own, with nothing that differentiates through it."""
-    return not torch.is_grad_enabled() and _no_transform_is_active()
+    return not torch.is_grad_enabled() and not a_transform_is_active()
 
 
-def _no_transform_is_active() -> bool:
-    """Whether derivatives may be taken with autograd itself, which costs a layer of Python less than torch.func."""
-    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+def a_transform_is_active() -> bool:
+    """Whether derivatives must be torch.func's, and not autograd's own, which cost a layer of Python less."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _is_mapped_here(tensor: Tensor) -> bool:

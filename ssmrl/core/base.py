@@ -5,6 +5,7 @@ Letters: B sequences, T steps, D inputs, O outputs.
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -90,6 +91,7 @@ def functional_forward(
     x: Tensor,
     hidden_state: Any = None,
     *,
+    reset: Tensor | None = None,
     truncate: int | None = None,
 ) -> tuple[Tensor, Any]:
     """`model(x, hidden_state)` with `params` in place of its own parameters and buffers, as a pure function.
@@ -101,6 +103,8 @@ def functional_forward(
         x: (B, D) or (B, T, D).
         hidden_state: None means `model.init_hidden(B)`, evaluated with `params`, so that an initial state that
             is a parameter is differentiated like every other; for a model without `init_hidden`, no state.
+        reset: Bool (B,) or (B, T), as the contract has it: where True, the state is forgotten before that input. A
+            model whose `forward` takes no `reset` is run step by step, from `init_hidden` where it is True.
         truncate: cut the derivative through the state every this many steps of a sequence, the first after so many;
             None: nowhere. The values are the same. It needs a model with a state and an output for every step.
 
@@ -108,7 +112,8 @@ def functional_forward(
         The output and the next state, which is None for a model that returns only an output.
 
     Raises:
-        ValueError: the model has no parameter or buffer of a name in `params`, or truncate is less than 1.
+        ValueError: the model has no parameter or buffer of a name in `params`, truncate is less than 1, or reset does
+            not fit x.
     """
     buffers = dict(model.named_buffers())
     unknown = params.keys() - buffers.keys() - {name for name, _ in model.named_parameters()}
@@ -118,13 +123,17 @@ def functional_forward(
     values.update({name: p for name, p in params.items() if name not in buffers})
     named = {f"model.{name}": value for name, value in values.items()}
     explicit = _ExplicitState(model)
+    if reset is not None:
+        check_reset(reset, x)
     if truncate is None or x.dim() != 3 or x.shape[1] <= check_truncate(truncate):
-        output, next_state = functional_call(explicit, named, (x, hidden_state))
+        output, next_state = functional_call(explicit, named, (x, hidden_state, reset))
         return output, next_state
     outputs: list[Tensor] = []
-    for piece in x.split(truncate, dim=1):
+    pieces = x.split(truncate, dim=1)
+    resets: Any = [None] * len(pieces) if reset is None else reset.split(truncate, dim=1)
+    for piece, mask in zip(pieces, resets, strict=True):
         state = _detached(hidden_state) if outputs else hidden_state
-        output, hidden_state = functional_call(explicit, named, (piece, state))
+        output, hidden_state = functional_call(explicit, named, (piece, state, mask))
         if hidden_state is None or output.shape[:2] != piece.shape[:2]:
             raise ValueError(
                 f"truncate needs a model with a state, and an output for every step; {type(model).__name__} gave "
@@ -148,18 +157,57 @@ def _detached(state: Any) -> Any:
 
 
 class _ExplicitState(nn.Module):
-    """Gives any module the signature `forward(x, hidden_state) -> (output, next_state)`."""
+    """Gives any module the signature `forward(x, hidden_state, reset) -> (output, next_state)`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, hidden_state: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, hidden_state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
         if hidden_state is None and hasattr(self.model, "init_hidden"):
-            init_hidden: Callable[[int], Any] = self.model.init_hidden  # type: ignore[assignment]
-            hidden_state = init_hidden(x.shape[0])
-        result = self.model(x) if hidden_state is None else self.model(x, hidden_state)
+            hidden_state = self._init_hidden(x.shape[0])
+        if hidden_state is None:
+            result = self.model(x)
+        elif reset is None:
+            result = self.model(x, hidden_state)
+        elif _takes_reset(self.model):
+            result = self.model(x, hidden_state, reset=reset)
+        else:
+            return self._steps(x, hidden_state, reset)
         return result if isinstance(result, tuple) else (result, None)
+
+    def _steps(self, x: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+        """What `reset` means, for a model that does not take it."""
+        initial = self._init_hidden(x.shape[0])
+        steps, masks = ([x], [reset]) if x.dim() == 2 else (x.unbind(1), reset.unbind(1))
+        outputs = []
+        for step, mask in zip(steps, masks, strict=True):
+            hidden_state = where_rows(mask, initial, hidden_state)
+            output, hidden_state = self.model(step, hidden_state)
+            outputs.append(output)
+        return (outputs[0] if x.dim() == 2 else torch.stack(outputs, 1)), hidden_state
+
+    def _init_hidden(self, batch_size: int) -> Any:
+        if not hasattr(self.model, "init_hidden"):
+            raise ValueError(
+                f"{type(self.model).__name__} must have init_hidden, the state after a reset, or a `reset` argument."
+            )
+        init_hidden: Callable[[int], Any] = self.model.init_hidden  # type: ignore[assignment]
+        return init_hidden(batch_size)
+
+
+def where_rows(rows: Tensor, true: Any, false: Any) -> Any:
+    """Of two pytrees of tensors (B, ...) the rows of `true` where `rows`, Bool (B,), is True, else those of `false`."""
+
+    def choose(a: Any, b: Any) -> Any:
+        return torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b) if isinstance(b, Tensor) else b
+
+    return torch.utils._pytree.tree_map(choose, true, false)
+
+
+def _takes_reset(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return "reset" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def check_input(x: Tensor, input_dim: int, weight: Tensor) -> None:

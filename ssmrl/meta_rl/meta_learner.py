@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from torchopt import pytree
 
 from ssmrl.adaptation.optim import check_num_steps, check_rate
-from ssmrl.meta_rl.trace import Traced
+from ssmrl.adaptation.trace import Traced, check_compile
 
 __all__ = ["MetaLearner"]
 
@@ -253,14 +253,6 @@ def check_chunk_size(chunk_size: Any) -> int | None:
     if size < 1:
         raise ValueError(f"chunk_size must be None or at least 1; got {size}.")
     return size
-
-
-def check_compile(compile: Any) -> bool | Literal["trace"]:
-    """Refuse what is not one of the three ways to run."""
-    if not (compile is True or compile is False or compile == "trace"):
-        raise ValueError(f'compile must be True, False or "trace"; got {compile!r}.')
-    result: bool | Literal["trace"] = compile
-    return result
 
 
 def is_finite(gradient: Tensor | None) -> bool:

@@ -24,18 +24,17 @@ from ssmrl.adaptation.optim import (
     with_tensors,
 )
 from ssmrl.adaptation.select import Selector, select, split, trainable_parameters
+from ssmrl.adaptation.trace import Traced, check_compile
 from ssmrl.core.base import check_truncate, functional_forward
 from ssmrl.meta_rl.meta_learner import (
     OuterStep,
     accumulate,
     check_chunk_size,
-    check_compile,
     check_losses,
     is_finite,
 )
 from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
 from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
-from ssmrl.meta_rl.trace import Traced
 
 __all__ = ["MetaMAML"]
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchopt import pytree
 
-__all__ = ["Traced"]
+__all__ = ["Traced", "check_compile"]
+
+_LIBRARY = torch.library.Library("ssmrl", "FRAGMENT")
+_LIBRARY.define("stored(Tensor x) -> Tensor")
+_LIBRARY.impl("stored", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("ssmrl::stored", torch.empty_like, lib=_LIBRARY)
 
 
 class Traced:
@@ -61,6 +66,9 @@ def _compile(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...,
 
     for node in graph.graph.nodes:
         node.meta.clear()  # its notes on shapes are of another trace than the one that the compiler makes
+        if node.target is torch.ops.aten.pow.Scalar:
+            _store(node)
+    graph.recompile()
     try:
         compiled: Callable[..., Any] = _inductor.compile(
             graph, [leaf.detach() for leaf in leaves], options={"cpp_wrapper": True}
@@ -72,3 +80,18 @@ def _compile(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...,
             ) from error
         raise
     return compiled
+
+
+def _store(node: torch.fx.Node) -> None:
+    """Keep a power, such as Adam's bias correction, from being computed anew for every element that it scales."""
+    with node.graph.inserting_after(node):
+        stored = node.graph.call_function(torch.ops.ssmrl.stored.default, (node,))
+    node.replace_all_uses_with(stored, delete_user_cb=lambda user: user is not stored)
+
+
+def check_compile(compile: Any) -> bool | Literal["trace"]:
+    """Refuse what is not one of the three ways to run."""
+    if not (compile is True or compile is False or compile == "trace"):
+        raise ValueError(f'compile must be True, False or "trace"; got {compile!r}.')
+    result: bool | Literal["trace"] = compile
+    return result

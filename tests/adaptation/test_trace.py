@@ -9,8 +9,8 @@ import torch
 from torch.func import grad, vmap
 
 from ssmrl import GRU, LSTM, StateSpaceModel
+from ssmrl.adaptation.trace import Traced
 from ssmrl.core import functional_forward
-from ssmrl.meta_rl.trace import Traced
 
 
 class Counted:
