@@ -72,9 +72,8 @@ class Guard:
     ) -> tuple[Tensor, GuardState]:
         """Compare the losses of one transition: whether to go back to the anchor, Bool (), and the state after it."""
         known = torch.isfinite(anchor_loss)  # else there is nothing to compare with
-        anchor_loss = torch.where(known, anchor_loss, 0.0)
-        anchor_sum = self.memory * state.anchor_sum + anchor_loss
-        weight = self.memory * state.weight + known
+        anchor_sum = torch.where(known, self.memory * state.anchor_sum + anchor_loss, state.anchor_sum)
+        weight = torch.where(known, self.memory * state.weight + 1, state.weight)
         excess = torch.where(known, torch.clamp(state.excess + loss - anchor_loss, min=0), state.excess)
         back = (excess > self.allowance * anchor_sum / weight.clamp(min=1e-6)) | ~torch.isfinite(loss)
         scale = torch.where(back, state.scale * self.backoff, state.scale)

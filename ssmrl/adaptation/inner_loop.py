@@ -134,9 +134,18 @@ def _gradient_and_value_alone(loss_fn: Callable[..., Tensor]) -> Callable[..., t
     def run(params: Any, *args: Any) -> tuple[Any, Tensor]:
         leaves: list[Tensor]
         leaves, structure = pytree.tree_flatten(params)
+        if any(leaf.is_inference() for leaf in leaves):
+            return grad_and_value(loss_fn)(params, *args)
         with torch.enable_grad():
             at = [leaf.detach().requires_grad_() for leaf in leaves]
-            loss = loss_fn(pytree.tree_unflatten(structure, at), *args)
+            try:
+                loss = loss_fn(pytree.tree_unflatten(structure, at), *args)
+            except RuntimeError as error:
+                if "Inference tensors" not in str(error):
+                    raise
+                return grad_and_value(loss_fn)(params, *args)  # what inference mode made, torch.func takes
+            if loss.dim() != 0:
+                raise RuntimeError(f"Expected loss_fn to return a scalar tensor; got one of shape {tuple(loss.shape)}.")
             gradient = (
                 torch.autograd.grad(loss, at, materialize_grads=True)
                 if loss.requires_grad

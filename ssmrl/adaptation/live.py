@@ -21,7 +21,7 @@ from ssmrl.adaptation.optim import (
 )
 from ssmrl.adaptation.select import select, split, trainable_parameters
 from ssmrl.adaptation.stream import Report, Rules, Stream, in_use, update
-from ssmrl.adaptation.tree import tree_leaves, tree_map
+from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
 from ssmrl.adaptation.window import Buffer
 from ssmrl.core.base import functional_forward
 
@@ -148,10 +148,10 @@ class LiveModel:
             self.model,
             {**others, **self.named(params)},
             x,
-            None if isinstance(hidden, tuple) and not hidden else hidden,
+            hidden if is_there(hidden) else None,
             reset=reset if isinstance(reset, Tensor) else None,
         )
-        return output, () if isinstance(hidden, tuple) and not hidden else after
+        return output, after if is_there(after) else ()
 
     def update(self, *, measured: bool) -> Callable[..., tuple[Stream, Report]]:
         """(stream, others, x, y, hidden, reset) -> (stream, report), with all tensors of the model as arguments."""
@@ -173,7 +173,7 @@ class LiveModel:
             # A state that is kept must be one.
             init_hidden: Any = getattr(self.model, "init_hidden", None)
             hidden = None if init_hidden is None else init_hidden(batch_size)
-        hidden = () if hidden is None else tree_map(Tensor.detach, hidden)
+        hidden = tree_map(Tensor.detach, hidden) if is_there(hidden) else ()
         return x.detach(), () if y is None else y.detach(), hidden, () if reset is None else reset
 
     def fitted(self, stream: Stream, data: tuple[Any, ...], axis: int) -> tuple[Stream, tuple[Any, ...]]:
@@ -206,12 +206,12 @@ class LiveModel:
         rules = self.rules
         update = differentiable_update(rules.optimizer)
 
-        def step(gradient: Any) -> Any:
-            return update(gradient, rules.optimizer.init(gradient), rules.anchor, first=False)
+        def step(gradient: Any, state: Any) -> Any:
+            return update(gradient, state, rules.anchor, first=False)
 
-        stacked = tree_map(lambda p: torch.zeros_like(p)[None], rules.anchor)
+        one = tree_map(lambda leaf: leaf[None], (rules.anchor, rules.optimizer.init(rules.anchor)))
         try:
-            vmap(step)(stacked)
+            vmap(step)(*one)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 "optimizer must keep all its state in tensors, and decide nothing in Python by them, to run for many "

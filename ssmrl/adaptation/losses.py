@@ -48,7 +48,7 @@ def next_observation_loss(output: Tensor, next_observation: Tensor, *, scale: Te
     Raises:
         ValueError: output and target differ in shape, or the scale does not fit.
     """
-    if scale is None:
+    if scale is None or output.shape != next_observation.shape:
         return mse_loss(output, next_observation)
     if scale.shape != output.shape[-1:]:
         raise ValueError(f"scale must have shape (O,) = {tuple(output.shape[-1:])}; got {tuple(scale.shape)}.")
@@ -135,4 +135,6 @@ def entropy_loss(output: Tensor, y: None = None) -> Tensor:
     if y is not None:
         raise ValueError("entropy_loss takes no target: give y = None.")
     log_p = output.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
+    p = log_p.exp()
+    # A class that a logit of -inf rules out has no part in it, and 0 · log 0 would be NaN.
+    return -(p * torch.where(p > 0, log_p, 0.0)).sum(-1).mean()

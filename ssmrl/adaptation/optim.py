@@ -265,7 +265,7 @@ def treats_elements_alike(optimizer: GradientTransformation) -> bool:
         (f"{function.__module__}.".startswith(known) and "masked" not in function.__qualname__)
         or (function.__module__ == __name__ and function.__qualname__ in ours)
         for function in functions
-    ) and not any(isinstance(value, (dict, list, Tensor)) for value in values)
+    ) and not any(isinstance(value, (dict, list, Tensor)) or callable(value) for value in values)
 
 
 def _first_call_flags(optimizer: Any, *, that_matter: bool = False) -> list[CellType]:

@@ -63,12 +63,13 @@ def reset_at_episode_end(*, keep: int | None = None) -> ResetPolicy:
 
 
 class RiseState(NamedTuple):
-    """State of `reset_on_rise`: sums of weighted losses, and of their weights."""
+    """State of `reset_on_rise`: sums of weighted losses, of their weights, and how many there were."""
 
     fast: Tensor
     slow: Tensor
     fast_weight: Tensor
     slow_weight: Tensor
+    number: Tensor
 
 
 def reset_on_rise(ratio: float = 3.0, *, fast: float = 0.5, slow: float = 0.02, keep: int | None = 4) -> ResetPolicy:
@@ -92,11 +93,11 @@ def reset_on_rise(ratio: float = 3.0, *, fast: float = 0.5, slow: float = 0.02, 
         raise ValueError(f"ratio must be > 1; got {ratio}.")
     if not 0 < slow < fast <= 1:
         raise ValueError(f"The weights must be 0 < slow < fast <= 1; got slow={slow}, fast={fast}.")
-    least = sum((1 - fast) ** j for j in range(round(2 / fast)))  # the weight of that many updates
+    exempt = round(2 / fast)
 
     def init(like: Tensor) -> RiseState:
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
-        return RiseState(zero, zero, zero, zero)
+        return RiseState(zero, zero, zero, zero, zero)
 
     def update(observed: Observed, state: RiseState) -> tuple[Tensor, RiseState]:
         loss = observed.loss
@@ -105,10 +106,11 @@ def reset_on_rise(ratio: float = 3.0, *, fast: float = 0.5, slow: float = 0.02, 
             (1 - slow) * state.slow + loss,
             (1 - fast) * state.fast_weight + 1,
             (1 - slow) * state.slow_weight + 1,
+            state.number + 1,
         )
         # Against the slow mean as it was before this loss.
         before = state.slow / torch.where(state.slow_weight > 0, state.slow_weight, 1.0)
-        rose = (after.fast / after.fast_weight > ratio * before) & (state.fast_weight >= least * (1 - 1e-6))
+        rose = (after.fast / after.fast_weight > ratio * before) & (state.number >= exempt)
         reset = rose | ~torch.isfinite(loss)
         return reset, RiseState(*(torch.where(reset, 0.0, value) for value in after))
 

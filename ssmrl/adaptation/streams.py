@@ -16,7 +16,7 @@ from ssmrl.adaptation.optim import check_num_steps
 from ssmrl.adaptation.stream import Counts, Outcome, Report, Stream, begin, fresh, in_use
 from ssmrl.adaptation.test_time_adaptation import AdaptationConfig
 from ssmrl.adaptation.trace import Traced, check_compile
-from ssmrl.adaptation.tree import tree_leaves, tree_map
+from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
 
 __all__ = ["StreamAdapter", "StreamsSnapshot"]
 
@@ -112,13 +112,13 @@ class StreamAdapter:
         """
         self._check(x, None, hidden_state)
         mask = check_reset_mask(reset, x)
-        data = _rows((x, () if hidden_state is None else hidden_state, () if mask is None else mask))
+        data = _rows((x, hidden_state if is_there(hidden_state) else (), () if mask is None else mask))
         if self._streams is None:
             output, after = self._live.forward({}, self._live.rules.anchor, x, *_one_row(data[1:]))
         else:
             mapped = self._functions["predict"](in_use(self._streams), self._live.others(), *data)
             output, after = _one_row(mapped)
-        return output, None if isinstance(after, tuple) and not after else after
+        return output, after if is_there(after) else None
 
     def update_step(
         self, x: Tensor, y: Tensor | None, hidden_state: Any, *, reset: Tensor | bool | None = None
@@ -248,9 +248,7 @@ class StreamAdapter:
     def _check(self, x: Any, y: Any, hidden_state: Any) -> None:
         check_pair("x", x, "y", y, self._live.like, optional=True)
         if len(x) != self.num_streams:
-            raise ValueError(
-                f"x must have a row for each of the {self.num_streams} streams; got shape {tuple(x.shape)}."
-            )
+            raise ValueError(f"x must have a row for each of {self.num_streams} streams; got shape {tuple(x.shape)}.")
         check_state("hidden_state", hidden_state, self._live.like, finite=False)
         for leaf in tree_leaves(hidden_state):
             if leaf.dim() == 0 or len(leaf) != self.num_streams:

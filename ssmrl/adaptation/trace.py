@@ -55,7 +55,8 @@ class Traced:
             results, result_structure = pytree.tree_flatten(self.function(*pytree.tree_unflatten(structure, leaves)))
             return results
 
-        graph = make_fx(flat)(*leaves)
+        # A tensor object each: one that is passed twice would be one input to the trace.
+        graph = make_fx(flat)(*[leaf.detach() for leaf in leaves])
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return (_compile(graph, leaves) if self.inductor else graph), result_structure

@@ -167,7 +167,8 @@ class _ExplicitState(nn.Module):
         if hidden_state is None and hasattr(self.model, "init_hidden"):
             hidden_state = self._init_hidden(x.shape[0])
         if hidden_state is None:
-            result = self.model(x)
+            takes = reset is not None and _takes_reset(self.model)
+            result = self.model(x, reset=reset) if takes else self.model(x)
         elif reset is None:
             result = self.model(x, hidden_state)
         elif _takes_reset(self.model):
@@ -178,6 +179,11 @@ class _ExplicitState(nn.Module):
 
     def _steps(self, x: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tensor, Any]:
         """What `reset` means, for a model that does not take it."""
+        if x.dim() == 3 and x.shape[1] == 0:
+            raise ValueError(
+                f"x must hold at least one step for {type(self.model).__name__}, which takes no `reset`; "
+                f"got shape {tuple(x.shape)}."
+            )
         initial = self._init_hidden(x.shape[0])
         steps, masks = ([x], [reset]) if x.dim() == 2 else (x.unbind(1), reset.unbind(1))
         outputs = []
@@ -239,6 +245,8 @@ def check_state_tensor(name: str, state: Any, shape: tuple[int, ...], weight: Te
 def check_reset(reset: Tensor, x: Tensor) -> None:
     """Refuse a `reset` mask that is not Bool (B,) or (B, T), like x without its last axis."""
     shape = tuple(x.shape[:-1])
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a Bool tensor of shape {shape}; got {type(reset).__name__}.")
     if reset.dtype != torch.bool:
         raise ValueError(f"reset must be of dtype torch.bool; got {reset.dtype}.")
     if tuple(reset.shape) != shape:

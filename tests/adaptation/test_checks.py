@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmrl.adaptation.checks import check_finite, check_pair, check_state
+from ssmrl.adaptation.checks import check_finite, check_pair, check_reset_mask, check_state
 
 LIKE = torch.zeros(1)
 check = partial(check_pair, "x", y_name="y", like=LIKE)
@@ -105,3 +105,60 @@ def test_a_state_of_any_container_is_checked_leaf_by_leaf():
         check_state("h", {"a": (torch.zeros(2), torch.tensor([0.0, torch.nan]))}, LIKE)
     with pytest.raises(ValueError, match="h must be on cpu, where the model is; got meta"):
         check_state("h", (torch.zeros(2, device="meta"),), LIKE)
+
+
+def test_targets_that_are_optional_may_be_missing_and_are_checked_if_they_are_not():
+    check(x=torch.zeros(4, 3), y=None, optional=True)
+    with pytest.raises(ValueError, match=r"y must begin with the axes \(4,\) of x .*got shape \(3, 1\)"):
+        check(x=torch.zeros(4, 3), y=torch.zeros(3, 1), optional=True)
+    with pytest.raises(TypeError, match="y must be a tensor; got int"):
+        check(x=torch.zeros(4, 3), y=0, optional=True)
+
+
+def test_inputs_are_never_optional_and_are_checked_without_targets_too():
+    with pytest.raises(TypeError, match="x must be a tensor; got NoneType"):
+        check(x=None, y=None, optional=True)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, D\) or \(B, T, D\); got \(3,\)"):
+        check(x=torch.zeros(3), y=None, optional=True)
+    with pytest.raises(ValueError, match="x must hold at least one sequence and one step; got shape"):
+        check(x=torch.zeros(0, 3), y=None, optional=True)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_one_bool_for_all_rows_says_where_the_first_step_begins(reset):
+    for_a_step = check_reset_mask(reset, torch.zeros(2, 3))
+    for_a_sequence = check_reset_mask(reset, torch.zeros(2, 3, 4))
+    assert for_a_step is not None
+    assert for_a_sequence is not None
+    assert for_a_step.tolist() == [reset] * 2
+    assert for_a_sequence.tolist() == [[reset, False, False]] * 2
+    assert for_a_step.dtype is for_a_sequence.dtype is torch.bool
+
+
+def test_a_mask_that_fits_passes_as_it_is():
+    assert check_reset_mask(None, torch.zeros(2, 3)) is None
+    for mask, x in (
+        (torch.tensor([True, False]), torch.zeros(2, 3)),
+        (torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, 3)),
+    ):
+        assert check_reset_mask(mask, x) is mask
+
+
+@pytest.mark.parametrize(
+    ("reset", "error", "message"),
+    [
+        (1, TypeError, r"reset must be a Bool tensor of shape \(4, 6\), a bool or None; got int"),
+        ([[True] * 6] * 4, TypeError, r"reset must be a Bool tensor of shape \(4, 6\), .* got list"),
+        (torch.zeros(4, 6), ValueError, r"reset must be Bool of shape \(4, 6\) .* got torch.float32 of shape \(4, 6\)"),
+        (torch.zeros(4).bool(), ValueError, r"reset must be Bool of shape \(4, 6\) .* got torch.bool of shape \(4,\)"),
+        (
+            torch.zeros(4, 6, 1).bool(),
+            ValueError,
+            r"reset must be Bool of shape \(4, 6\) .* got torch.bool of shape \(4, 6, 1\)",
+        ),
+        (torch.zeros(4, 6, device="meta").bool(), ValueError, "reset must be on cpu, where the model is; got meta"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(reset, error, message):
+    with pytest.raises(error, match=message):
+        check_reset_mask(reset, torch.zeros(4, 6, 3))

@@ -369,3 +369,104 @@ def test_negative_steps_are_refused():
 def test_steps_that_are_no_integer_are_refused():
     with pytest.raises(TypeError, match=r"num_steps must be an integer >= 0; got 1\.5"):
         adapt(squared_distance(1.0), f64(0.0), optimizer=torchopt.sgd(0.1), num_steps=1.5)  # type: ignore[arg-type]
+
+
+# Where nothing is differentiated, autograd alone makes the gradients.
+
+
+@over_optimizers
+def test_without_grad_mode_the_numbers_are_the_same(make):
+    params, x, y, loss = regression()
+    go = partial(adapt, optimizer=make(0.1))
+    expected = go(lambda p: loss(p, x[0], y[0]), params, num_steps=4)
+    learned: dict[str, Tensor] = {name: nn.Parameter(p) for name, p in params.items()}
+    for context in (torch.no_grad(), torch.inference_mode()):
+        for start in (params, learned):
+            with context:
+                found = go(lambda p: loss(p, x[0], y[0]), start, num_steps=4)
+                first = go(lambda p, x, y: loss(p, x, y), start, x[0], y[0], num_steps=1)
+                rest = go(
+                    lambda p: loss(p, x[0], y[0]), first.params, num_steps=3, optimizer_state=first.optimizer_state
+                )
+            for result in (found, rest):
+                close((result.params, result.optimizer_state), (expected.params, expected.optimizer_state))
+            close(found.losses, expected.losses)
+            leaves: list[Any] = pytree.tree_leaves(found)  # type: ignore[arg-type]
+            assert not any(leaf.requires_grad for leaf in leaves if isinstance(leaf, torch.Tensor))
+    assert all(p.grad is None for p in learned.values())
+
+
+@over_optimizers
+def test_without_grad_mode_it_changes_nothing_that_it_is_given(make):
+    params, x, y, loss = regression()
+    with torch.no_grad():
+        go = partial(adapt, lambda p: loss(p, x[0], y[0]), optimizer=make(0.1), num_steps=2)
+        state = go(params).optimizer_state
+        before = copied((params, state, x, y))
+        go(params, optimizer_state=state)
+    assert identical((params, state, x, y), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"first_order": True}, {"recompute": 1}, {"mixed_mode": True}])
+def test_without_grad_mode_every_option_gives_the_same_numbers(options):
+    params, x, y, loss = regression()
+    go = partial(adapt, loss, params, x[0], y[0], optimizer=OPTIMIZERS["adam"](0.1), num_steps=3)
+    with torch.no_grad():
+        found = go(**options)
+    close((found.params, found.losses), (go().params, go().losses))
+
+
+def test_transforms_without_grad_mode_see_what_they_see_with_it():
+    params, x, y, loss = regression()
+
+    def after(p, x, y):
+        return loss(adapt(lambda q: loss(q, x, y), p, optimizer=torchopt.adam(0.1), num_steps=2).params, x, y)
+
+    mapped = vmap(after, in_dims=(None, 0, 0))
+    for function in (mapped, lambda p, x, y: grad(lambda p: mapped(p, x, y).sum())(p)):
+        expected = function(params, x, y)
+        with torch.no_grad():
+            close(function(params, x, y), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_loss_that_does_not_depend_on_the_params_leaves_them(mode):
+    elsewhere = f64(3.0).requires_grad_()
+    go = partial(adapt, params={"a": f64([1.0, 2.0]), "b": f64(1.0)}, optimizer=torchopt.sgd(0.5), num_steps=2)
+    for loss in (lambda p: f64(3.0), lambda p: elsewhere * 1.0, lambda p: p["a"].detach().sum()):
+        with mode():
+            adapted = go(loss)
+        assert adapted.losses.tolist() == [3.0, 3.0]
+        assert {name: p.tolist() for name, p in adapted.params.items()} == {"a": [1.0, 2.0], "b": 1.0}
+    with mode():  # one of two: a = 1 and 2 go by -0.5 · 1, twice, and b stays
+        adapted = go(lambda p: p["a"].sum() * 1.0)
+    assert {name: p.tolist() for name, p in adapted.params.items()} == {"a": [0.0, 1.0], "b": 1.0}
+
+
+def test_what_else_a_loss_depends_on_gets_no_gradient():
+    elsewhere = f64(3.0).requires_grad_()
+    with torch.no_grad():
+        adapted = adapt(lambda p: elsewhere * p.square(), f64(1.0), optimizer=torchopt.sgd(0.1), num_steps=2)
+    close(adapted.params, f64((1 - 2 * 3.0 * 0.1) ** 2))
+    assert elsewhere.grad is None
+
+
+@pytest.mark.parametrize("what", ["data", "params"])
+def test_without_grad_mode_tensors_that_inference_mode_made_are_taken(what):
+    # A rollout under inference mode, and adaptation outside it; with grad mode it works.
+    with torch.inference_mode():
+        made = f64([1.0, 2.0])
+    data, params = (made, f64([0.5, 0.5])) if what == "data" else (f64([1.0, 2.0]), made)
+    go = partial(adapt, lambda p: (p * data).square().sum(), params, optimizer=torchopt.sgd(0.1), num_steps=2)
+    expected = go().params
+    with torch.no_grad():
+        close(go().params, expected)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.enable_grad, torch.no_grad],
+)
+def test_a_loss_with_an_axis_is_refused(mode):
+    with mode(), pytest.raises(RuntimeError, match=r"[Ee]xpected .*scalar"):
+        adapt(lambda p: p.square().sum()[None], f64([1.0]), optimizer=torchopt.sgd(0.1), num_steps=1)

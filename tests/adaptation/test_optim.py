@@ -10,14 +10,28 @@ import pytest
 import torch
 import torchopt
 from torch.func import grad, vmap
+from torchopt import pytree
+from torchopt.base import GradientTransformation
 
-from ssmrl.adaptation import adapt, clip_by_global_norm, learning_rates, scale_by_learning_rates
+from ssmrl.adaptation import (
+    adapt,
+    clip_by_global_norm,
+    learning_rates,
+    pull_to_anchor,
+    scale_by_learning_rates,
+    trust_region,
+)
 from ssmrl.adaptation.optim import (
     DEFAULT_LEARNING_RATE,
     check_num_steps,
     check_optimizer,
+    check_positive,
     check_rate,
+    differentiable_update,
     sgd_unless_given,
+    treats_elements_alike,
+    with_first_call,
+    with_tensor_counts,
 )
 
 f64 = partial(torch.tensor, dtype=torch.float64)
@@ -256,3 +270,209 @@ def test_vmap_over_rates_alone_equals_a_loop(make, options):
 
     rates = f64([0.1, 0.2, 0.3])
     torch.testing.assert_close(vmap(after)(rates), torch.stack([after(rate) for rate in rates]))
+
+
+@pytest.mark.parametrize("value", [1, 1e-9, np.float64(0.1)])
+def test_finite_numbers_above_zero_are_positive(value):
+    check_positive("radius", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "radius must be > 0; got 0"),
+        (0.0, ValueError, "radius must be > 0; got 0"),
+        (-1, ValueError, "radius must be finite and >= 0; got -1"),
+        (float("nan"), ValueError, "radius must be finite and >= 0; got nan"),
+        ("1", TypeError, "radius must be a number >= 0; got '1'"),
+        (True, TypeError, "radius must be a number >= 0; got True"),
+    ],
+)
+def test_what_is_not_positive_is_refused(value, error, message):
+    with pytest.raises(error, match=message):
+        check_positive("radius", value)
+
+
+# Optimizers for many streams: counts and first calls in the state.
+
+
+def run(optimizer, gradients, state=None):
+    """The updates for a sequence of gradients, and the state after them."""
+    start = torch.zeros_like(gradients[0])
+    state = optimizer.init(start) if state is None else state
+    update, updates = differentiable_update(optimizer), []
+    for gradient in gradients:
+        one, state = update(gradient, state, start, first=False)
+        updates.append(one)
+    return torch.stack(updates), state
+
+
+def per_step_rates():
+    return scale_by_learning_rates(f64([1.0, 10.0, 100.0]), per_step=True)
+
+
+COUNTING = {
+    "rates per step": per_step_rates,
+    "schedule": lambda: torchopt.sgd(torchopt.schedule.polynomial_schedule(1.0, 0.1, 1.0, 3)),
+    "adam": lambda: torchopt.adam(0.1),
+    "adamax": lambda: torchopt.adamax(0.1),
+    "adam and rates per step": lambda: torchopt.chain(torchopt.transform.scale_by_adam(), per_step_rates()),
+}
+over_counting = pytest.mark.parametrize("make", COUNTING.values(), ids=COUNTING.keys())
+GRADIENTS = f64([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.1], [2.0, 0.2], [1.5, -0.3]])
+
+
+@over_counting
+def test_counts_as_tensors_change_no_update(make):
+    counted, state = run(with_tensor_counts(make()), GRADIENTS)
+    torch.testing.assert_close(counted, run(make(), GRADIENTS)[0], rtol=1e-12, atol=0)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(state))
+
+
+@over_counting
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_streams_with_counts_of_their_own_equal_a_loop(make):
+    optimizer = with_tensor_counts(make())
+    states = [run(optimizer, GRADIENTS[: 1 + age])[1] for age in range(4)]
+    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+    gradients = GRADIENTS[:4].flip(0)
+    update = differentiable_update(optimizer)
+    mapped, _ = vmap(lambda g, s: update(g, s, torch.zeros_like(g), first=False))(gradients, stacked)
+    each = [update(g, s, torch.zeros_like(g), first=False)[0] for g, s in zip(gradients, states, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(each), rtol=1e-12, atol=0)
+
+
+def test_a_step_that_is_a_tensor_takes_its_rate_and_later_ones_the_last_by_hand():
+    transformation = with_tensor_counts(per_step_rates())
+    updates, state = run(transformation, f64([1.0, 1.0, 1.0, 1.0, 1.0]))
+    assert updates.tolist() == [-1.0, -10.0, -100.0, -100.0, -100.0]
+    assert state.step.tolist() == 5
+    steps = torch.tensor([2, 0, 7])
+    mapped, after = vmap(lambda step: transformation.update(f64(1.0), state._replace(step=step), inplace=False))(steps)
+    assert mapped.tolist() == [-100.0, -1.0, -100.0]
+    assert after.step.tolist() == [3, 1, 8]
+
+
+def dampened():
+    return torchopt.sgd(0.1, momentum=0.9, dampening=0.5)
+
+
+def by_torch(gradients):
+    theta = torch.zeros_like(gradients[0]).requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=0.1, momentum=0.9, dampening=0.5)
+    updates = []
+    for gradient in gradients:
+        before = theta.detach().clone()
+        theta.grad = gradient.clone()
+        optimizer.step()
+        updates.append(theta.detach() - before)
+    return torch.stack(updates)
+
+
+def test_dampened_momentum_with_its_first_call_in_the_state_equals_torch_optim_every_time():
+    optimizer = with_first_call(dampened())
+    for _ in range(2):  # the second run is as the first
+        torch.testing.assert_close(run(optimizer, GRADIENTS)[0], by_torch(GRADIENTS), rtol=1e-12, atol=1e-12)
+
+
+def test_streams_that_take_turns_do_not_share_a_first_call():
+    optimizer = with_first_call(dampened())
+    first, state = run(optimizer, GRADIENTS[:2])
+    other, _ = run(optimizer, GRADIENTS[3:])
+    rest, _ = run(optimizer, GRADIENTS[2:], state)
+    torch.testing.assert_close(torch.cat([first, rest]), by_torch(GRADIENTS), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other, by_torch(GRADIENTS[3:]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_first_call_beside_later_ones_under_vmap_equals_a_loop():
+    optimizer = with_first_call(dampened())
+    old, new = run(optimizer, GRADIENTS[:2])[1], optimizer.init(GRADIENTS[0])
+    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), old, new)
+    gradients = GRADIENTS[2:4]
+    mapped, _ = vmap(lambda g, s: optimizer.update(g, s, params=g, inplace=False))(gradients, stacked)
+    each = [optimizer.update(g, s, params=g, inplace=False)[0] for g, s in zip(gradients, (old, new), strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(each), rtol=1e-12, atol=0)
+
+
+def test_with_a_first_call_in_the_state_the_state_before_is_left_as_it_was():
+    optimizer = with_first_call(dampened())
+    _, state = run(optimizer, GRADIENTS[:2])
+    before = [leaf.clone() for leaf in pytree.tree_leaves(state)]
+    optimizer.update(GRADIENTS[2], state, params=GRADIENTS[2], inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, pytree.tree_leaves(state), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [torchopt.sgd(0.1), torchopt.sgd(0.1, momentum=0.9), torchopt.adam(0.1)])
+def test_an_optimizer_whose_first_call_is_no_other_is_left_as_it_is(optimizer):
+    assert with_first_call(optimizer) is optimizer
+
+
+# One vector for all parameters.
+
+ALIKE = {
+    "sgd": lambda: torchopt.sgd(0.1, weight_decay=0.3),
+    "nesterov": lambda: torchopt.sgd(0.1, momentum=0.9, nesterov=True),
+    "dampened": dampened,
+    "adam": lambda: torchopt.adam(0.1),
+    "adamw": lambda: torchopt.adamw(0.1, weight_decay=0.3),
+    "rmsprop": lambda: torchopt.rmsprop(0.1, centered=True),
+    "adagrad": lambda: torchopt.adagrad(0.1),
+    "adadelta": lambda: torchopt.adadelta(0.1),
+    "radam": lambda: torchopt.radam(0.1),
+    "a schedule of TorchOpt's": lambda: torchopt.sgd(torchopt.schedule.polynomial_schedule(1.0, 0.1, 1.0, 3)),
+    "clipped": lambda: torchopt.chain(clip_by_global_norm(0.5), torchopt.adam(0.1)),
+    "clipped by TorchOpt": lambda: torchopt.chain(torchopt.clip.clip_grad_norm(0.5), torchopt.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE.keys())
+def test_what_treats_elements_alike_may_have_them_in_one_vector(make):
+    assert treats_elements_alike(make())
+
+    def loss(p):
+        return (p["a"] - 3.0).square().sum() + (p["a"][0] * p["b"].sum()).sin()
+
+    params = {"a": f64([0.5, -1.0]), "b": f64([[1.0, 2.0], [0.1, -2.0]])}
+    vector = torch.cat([params["a"], params["b"].flatten()])
+    adapted = adapt(loss, params, optimizer=make(), num_steps=4).params
+    as_vector = adapt(lambda v: loss({"a": v[:2], "b": v[2:].view(2, 2)}), vector, optimizer=make(), num_steps=4).params
+    torch.testing.assert_close(torch.cat([adapted["a"], adapted["b"].flatten()]), as_vector, rtol=1e-12, atol=1e-12)
+
+
+def own(function):
+    return GradientTransformation(torchopt.sgd(0.1).init, function)
+
+
+class _ByName:
+    """A transformation that adapts one parameter by its name."""
+
+    def update(self, updates, state, *, params=None, inplace=True):
+        return {name: u if name == "a" else 0 * u for name, u in updates.items()}, state
+
+
+def _by_name(kept, updates, state, *, params=None, inplace=True):
+    return {name: u if name == kept else 0 * u for name, u in updates.items()}, state
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torchopt.adamw(0.1, mask={"a": True, "b": False}),
+        torchopt.adamw(0.1, mask=lambda params: params),
+        scale_by_learning_rates({"a": f64(0.1), "b": f64(0.2)}),
+        torchopt.chain(torchopt.transform.scale_by_adam(), scale_by_learning_rates(f64([0.1, 0.2]))),
+        trust_region({"a": f64(0.1)}, 1.0),
+        torchopt.chain(pull_to_anchor(f64([0.1]), 1.0), torchopt.sgd(0.1)),
+        own(lambda updates, state, *, params=None, inplace=True: (updates, state)),
+    ],
+    ids=["mask", "mask by a function", "rates", "rates in a chain", "trust region", "pull", "own"],
+)
+def test_what_may_know_parameters_apart_does_not_pass_for_alike(optimizer):
+    assert not treats_elements_alike(optimizer)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [own(partial(_by_name, "a")), own(_ByName().update)], ids=["partial", "bound method"]
+)
+def test_nor_does_a_transformation_that_is_a_method_or_a_partial_function(optimizer):
+    assert not treats_elements_alike(optimizer)

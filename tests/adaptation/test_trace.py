@@ -80,3 +80,11 @@ def test_a_recurrence_is_one_node_whatever_its_length(model):
         *_, (graph, _) = traced._traces.values()
         nodes.append(len(graph.graph.nodes))
     assert nodes[0] == nodes[1]
+
+
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_tensor_in_two_places_is_two_arguments(inductor):
+    traced = Traced(lambda a, b: a - 2 * b, inductor=inductor)
+    same = torch.ones(3)
+    assert traced(same, same).tolist() == [-1, -1, -1]
+    assert traced(torch.full((3,), 5.0), same).tolist() == [3, 3, 3]

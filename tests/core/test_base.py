@@ -391,3 +391,232 @@ def test_functional_forward_calls_a_module_without_a_state():
 def test_state_model_is_an_interface():
     with pytest.raises(TypeError, match="abstract"):
         StateModel()  # type: ignore[abstract]
+
+
+# The reset of a functional call.
+
+
+@over_models
+@pytest.mark.parametrize("steps", [None, 5])
+def test_functional_forward_hands_the_reset_to_a_model_that_takes_it(make, steps):
+    model, x, state, reset = draw(make, batch=4, steps=5, seed=7)
+    reset[:, 0] = torch.tensor([True, False, True, False])
+    if steps is None:
+        x, reset = x[:, 0], reset[:, 0]
+    close(functional_forward(model, {}, x, state, reset=reset), model(x, state, reset))
+    close(functional_forward(model, {}, x, reset=reset), model(x, None, reset))
+    doubled = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    close(functional_forward(model, doubled, x, state, reset=reset), functional_call(model, doubled, (x, state, reset)))
+
+
+class _Plain(nn.Module):
+    """A model of ours, without its argument `reset`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.own = model
+
+    def init_hidden(self, batch_size=1):
+        return self.own.init_hidden(batch_size)
+
+    def forward(self, x, hidden_state):
+        return self.own(x, hidden_state)
+
+
+@over_models
+@settings(max_examples=10, deadline=None)
+@given(size=sizes, truncate=st.one_of(st.none(), st.integers(1, 4)), given_state=st.booleans())
+def test_a_reset_between_steps_equals_that_of_a_model_that_takes_it(make, size, truncate, given_state):
+    model, x, state, reset = draw(make, **size)
+    run = lambda m, p: functional_forward(  # noqa: E731
+        m, p, x, state if given_state else None, reset=reset, truncate=truncate
+    )
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    plain = {f"own.{name}": p for name, p in own.items()}
+    close(run(_Plain(model), plain), run(model, own))
+    found, expected = (
+        grad(lambda p, m=m: run(m, p)[0].square().sum())(p) for m, p in ((_Plain(model), plain), (model, own))
+    )
+    close({name.removeprefix("own."): g for name, g in found.items()}, expected, tolerance=1e-10)
+
+
+class _Sum(nn.Module):
+    """Takes no reset: y = w h, h' = (h.a + x, h.b + 1), from a learned start; one step a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        self.w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def init_hidden(self, batch_size=1):
+        return _Pair(self.start.expand(batch_size, 1), torch.zeros(batch_size, dtype=torch.int64))
+
+    def forward(self, x, hidden_state):
+        assert x.dim() == 2
+        after = _Pair(hidden_state.a + x, hidden_state.b + 1)
+        return self.w * after.a, after
+
+
+ROWS = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]], dtype=torch.float64)[..., None]
+AT = torch.tensor([[False, False, True, False], [True, False, False, True]])
+HELD = _Pair(torch.tensor([[100.0], [1000.0]], dtype=torch.float64), torch.tensor([7, 8]))
+
+
+def test_functional_forward_runs_a_model_without_a_reset_step_by_step_by_hand():
+    # From 100: 101, 103; anew from 0.5: 3.5, 7.5. And from 0.5: 10.5, 30.5, 60.5; and 40.5. Twice that comes out.
+    y, last = functional_forward(_Sum(), {}, ROWS, HELD, reset=AT)
+    assert (y[..., 0] / 2).tolist() == [[101.0, 103.0, 3.5, 7.5], [10.5, 30.5, 60.5, 40.5]]
+    assert last.a[:, 0].tolist() == [7.5, 40.5]
+    assert last.b.tolist() == [2, 1]
+
+
+def test_functional_forward_resets_one_step_of_a_model_without_a_reset_by_hand():
+    y, last = functional_forward(_Sum(), {}, ROWS[:, 0], HELD, reset=torch.tensor([True, False]))
+    assert (y[:, 0] / 2).tolist() == [1.5, 1010.0]
+    assert last.b.tolist() == [1, 9]
+
+
+def test_functional_forward_resets_to_a_start_of_these_parameters():
+    params = {"start": torch.tensor([-3.0], dtype=torch.float64)}
+    y, _ = functional_forward(_Sum(), params, ROWS, HELD, reset=AT)
+    assert (y[..., 0] / 2).tolist() == [[101.0, 103.0, 0.0, 4.0], [7.0, 27.0, 57.0, 37.0]]
+    # Two of eight outputs come from the start after the reset of row 0, and four of row 1, with w = 2 each.
+    gradient = grad(lambda p: functional_forward(_Sum(), p, ROWS, HELD, reset=AT)[0].sum())(params)
+    assert gradient["start"].tolist() == [12.0]
+
+
+def test_functional_forward_forgets_a_state_of_nan_in_a_model_without_a_reset():
+    spoilt = HELD._replace(a=torch.full_like(HELD.a, torch.nan))
+    y, _ = functional_forward(_Sum(), {}, ROWS, spoilt, reset=AT)
+    assert y[0, :2].isnan().all()
+    assert torch.equal(y[0, 2:], functional_forward(_Sum(), {}, ROWS, HELD, reset=AT)[0][0, 2:])
+    assert y[1].isfinite().all()
+
+
+class _Keywords(_Sum):
+    """Hands on what it does not know."""
+
+    def forward(self, x, hidden_state, **options):
+        if options:
+            hidden_state = _Pair(torch.where(options["reset"][:, None], -1.0, hidden_state.a), hidden_state.b)
+        return super().forward(x, hidden_state)
+
+
+def test_functional_forward_gives_the_reset_to_a_model_that_takes_any_keyword():
+    y, _ = functional_forward(_Keywords(), {}, ROWS[:, 0], HELD, reset=torch.tensor([True, False]))
+    assert (y[:, 0] / 2).tolist() == [0.0, 1010.0]
+
+
+@pytest.mark.parametrize("truncate", [1, 2, 3, 9])
+@pytest.mark.parametrize("make", [MODELS["GRU"], MODELS["LSTM"], _Sum], ids=["GRU", "LSTM", "no reset argument"])
+def test_functional_forward_truncates_between_resets_and_changes_no_value(make, truncate):
+    model = make().double()
+    torch.manual_seed(0)
+    width = 1 if make is _Sum else D
+    x, state = torch.randn(2, 4, width, dtype=torch.float64), model.init_hidden(2)
+    whole = functional_forward(model, {}, x, state, reset=AT)
+    close(functional_forward(model, {}, x, state, reset=AT, truncate=truncate), whole)
+
+
+def test_the_derivative_is_cut_by_truncation_and_by_a_reset_by_hand():
+    def derivative(truncate):
+        def total(x):
+            return functional_forward(_Sum(), {}, x, HELD, reset=AT, truncate=truncate)[0].sum()
+
+        return (grad(total)(ROWS)[..., 0] / 2).tolist()
+
+    # How many outputs every input reaches: up to the next reset, and with truncation up to the next cut.
+    assert derivative(None) == [[2.0, 1.0, 2.0, 1.0], [3.0, 2.0, 1.0, 1.0]]
+    assert derivative(3) == [[2.0, 1.0, 1.0, 1.0], [3.0, 2.0, 1.0, 1.0]]
+    assert derivative(2) == [[2.0, 1.0, 2.0, 1.0], [2.0, 1.0, 1.0, 1.0]]
+    assert derivative(1) == [[1.0] * 4] * 2
+
+
+@pytest.mark.parametrize("make", [MODELS["LSTM"], _Sum], ids=["LSTM", "no reset argument"])
+@pytest.mark.parametrize("truncate", [None, 2])
+def test_functional_forward_with_a_reset_under_vmap_equals_a_loop(make, truncate):
+    torch.manual_seed(0)
+    model = make().double()
+    width = 1 if make is _Sum else D
+    x, reset = torch.randn(3, 2, 5, width, dtype=torch.float64), torch.rand(3, 2, 5) < 0.4
+    states = [tree(lambda s, i=i: s + i, model.init_hidden(2)) for i in range(3)]
+    params: dict[str, torch.Tensor] = {
+        name: torch.stack([p.detach(), p.detach() + 0.1, p.detach() - 0.1]) for name, p in model.named_parameters()
+    }
+
+    def run(params, x, state, reset):
+        return functional_forward(model, params, x, state, reset=reset, truncate=truncate)
+
+    mapped = vmap(run)(params, x, tree(lambda *s: torch.stack(s), *states), reset)
+    derivative = vmap(grad(lambda *args: run(*args)[0].square().sum()))
+    gradients = derivative(params, x, tree(lambda *s: torch.stack(s), *states), reset)
+    for i in range(3):
+        one = {name: p[i] for name, p in params.items()}
+        y, last = run(one, x[i], states[i], reset[i])
+        close((mapped[0][i], tree(lambda s, i=i: s[i], mapped[1])), (y, last))
+        expected = grad(lambda p, i=i: run(p, x[i], states[i], reset[i])[0].square().sum())(one)
+        close({name: g[i] for name, g in gradients.items()}, expected)
+
+
+def test_a_model_without_a_state_takes_no_notice_of_a_reset():
+    model = nn.Linear(D, O)
+    for x in (torch.randn(2, D), torch.randn(2, 4, D)):
+        y, state = functional_forward(model, {}, x, reset=torch.ones(x.shape[:-1], dtype=torch.bool))
+        assert state is None
+        assert torch.equal(y, model(x))
+
+
+class _NoStart(nn.Module):
+    """A state that has to be given, and no way to begin."""
+
+    def forward(self, x, hidden_state):
+        return hidden_state + x, hidden_state + x
+
+
+def test_a_state_that_cannot_begin_cannot_be_reset():
+    x, state = torch.ones(2, 1), torch.ones(2, 1)
+    assert functional_forward(_NoStart(), {}, x, state)[0].tolist() == [[2.0]] * 2
+    with pytest.raises(ValueError, match=r"_NoStart must have init_hidden, the state after a reset, or a `reset` arg"):
+        functional_forward(_NoStart(), {}, x, state, reset=torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("make", [MODELS["GRU"], lambda: nn.Linear(D, O)], ids=["GRU", "Linear"])
+@pytest.mark.parametrize("truncate", [None, 2])
+@pytest.mark.parametrize(
+    ("reset", "message"),
+    [
+        (torch.zeros(6, 4, dtype=torch.bool), r"reset must have shape \(B, T\) = \(4, 6\) to match x; got \(6, 4\)"),
+        (torch.zeros(4, dtype=torch.bool), r"reset must have shape \(B, T\) = \(4, 6\) to match x; got \(4,\)"),
+        (torch.zeros(4, 6), "reset must be of dtype torch.bool; got torch.float32"),
+        (torch.zeros(4, 6, dtype=torch.bool, device="meta"), "reset must be on cpu, as x is; got meta"),
+    ],
+)
+def test_functional_forward_refuses_a_reset_that_does_not_fit(make, truncate, reset, message):
+    with pytest.raises(ValueError, match=message):
+        functional_forward(make(), {}, torch.zeros(4, 6, D), reset=reset, truncate=truncate)
+
+
+class _Begins(nn.Module):
+    """Takes a reset, and begins by itself where it is given no state."""
+
+    def forward(self, x, hidden_state=None, reset=None):
+        held = torch.zeros_like(x) if hidden_state is None else hidden_state
+        after = (held if reset is None else torch.where(reset[:, None], -1.0, held)) + x
+        return after, after
+
+
+def test_a_model_that_takes_a_reset_gets_it_without_a_state_too():
+    y, _ = functional_forward(_Begins(), {}, torch.ones(2, 1), reset=torch.tensor([True, False]))
+    assert y.tolist() == [[0.0], [1.0]]
+
+
+def test_no_steps_of_a_model_without_a_reset_are_legal():
+    model, state = GRU(3, D, O), torch.randn(2, 3)
+    y, last = functional_forward(_Plain(model), {}, torch.zeros(2, 0, D), state, reset=torch.zeros(2, 0).bool())
+    assert y.shape == (2, 0, O)
+    assert torch.equal(last, state)
+
+
+def test_functional_forward_refuses_a_reset_that_is_no_tensor():
+    with pytest.raises(TypeError, match=r"reset must be a Bool tensor .*got bool"):
+        functional_forward(_Sum(), {}, ROWS[:, 0], HELD, reset=True)  # type: ignore[arg-type]

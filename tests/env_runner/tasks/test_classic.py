@@ -156,6 +156,101 @@ def test_a_task_does_not_follow_later_changes_of_its_dict():
     assert env.reset()[1]["task"] == {"g": 3.0, "m": 1.0, "l": 1.0}
 
 
+# Changes
+
+
+def trajectory(env, num_steps):
+    """Observations and infos of resets and steps from seed 0, with a new episode after every end."""
+    observation, info = env.reset(seed=0)
+    record = [(observation, info)]
+    actions = np.random.default_rng(0)
+    for _ in range(num_steps):
+        action = actions.integers(2) if env.action_space.shape == () else actions.uniform(-2, 2, 1).astype(np.float32)
+        observation, _, terminated, truncated, info = env.step(action)
+        record.append((observation, info))
+        if terminated or truncated:
+            record.append(env.reset())
+    return record
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_physics_change_at_exactly_that_step(env_id):
+    before, after = sample_physics(env_id, 1), sample_physics(env_id, 2)
+    changing = make_with_physics(env_id, before, changes={5: after})
+    twin = make_with_physics(env_id, before)
+    for n, ((changed, _), (unchanged, _)) in enumerate(
+        zip(trajectory(changing, 8), trajectory(twin, 8), strict=True), start=-1
+    ):
+        assert np.array_equal(changed, unchanged) == (n < 5)  # -1 is the reset, n the step after n steps
+
+    # From there on it is an environment that has always had the new physics.
+    fresh: Any = make_with_physics(env_id, after)
+    fresh.reset()
+    fresh.unwrapped.state = np.array(changing.unwrapped.state)  # type: ignore[attr-defined]
+    action = changing.action_space.sample()
+    np.testing.assert_array_equal(changing.step(action)[0], fresh.step(action)[0])
+
+
+def test_a_change_leaves_what_it_does_not_name_and_the_next_starts_from_it():
+    env = make_with_physics("Pendulum-v1", {"g": 3.0}, changes={2: {"m": 4.0}, 3: {"g": 5.0}})
+    infos = [info for _, info in trajectory(env, 4)]
+    assert [info.get("task") for info in infos] == [
+        {"g": 3.0, "m": 1.0, "l": 1.0},
+        None,
+        None,
+        {"g": 3.0, "m": 4.0, "l": 1.0},
+        {"g": 5.0, "m": 4.0, "l": 1.0},
+    ]
+
+
+def test_steps_are_counted_across_episodes_and_seeds():
+    env = make_with_physics("CartPole-v1", {}, changes={7: {"gravity": 3.0}}, max_episode_steps=3)
+    steps = [info.get("task", {}).get("gravity") for _, info in trajectory(env, 12)]
+    #               reset        3 steps; reset          3 more; reset         the eighth step
+    assert steps == [9.8, None, None, None, 9.8, None, None, None, 9.8, None, 3.0, None, 3.0, *[None] * 3, 3.0]
+    env = make_with_physics("CartPole-v1", {}, changes={1: {"gravity": 3.0}})
+    env.reset(seed=0)
+    env.step(0)
+    assert env.reset(seed=0)[1]["task"]["gravity"] == 3.0  # a reset tells the physics of the step that follows it
+    assert env.step(0)[4]["task"]["gravity"] == 3.0
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_autoreset_is_not_counted_as_a_step(mode):
+    makers = [partial(make_with_physics, "Pendulum-v1", {}, changes=changes) for changes in ({3: {"g": 3.0}}, None)]
+    environment = Environment(makers, max_episode_steps=2, autoreset_mode=mode)
+    environment.reset(seed=0)
+    infos = [environment.step(np.zeros((2, 1), np.float32))[4] for _ in range(6)]
+    gravity = [info["task"]["g"].tolist() if "task" in info else None for info in infos]
+    if mode == "SameStep":
+        assert gravity == [None, [10.0, 10.0], None, [3.0, 10.0], None, [3.0, 10.0]]
+    else:
+        assert gravity == [None, None, [10.0, 10.0], None, [3.0, 0.0], [3.0, 10.0]]
+        assert infos[4]["_task"].tolist() == [True, False]
+
+
+def test_changes_do_not_follow_later_changes_of_their_dict():
+    changes = {1: {"g": 3.0}}
+    env = make_with_physics("Pendulum-v1", {}, changes=changes)
+    changes[1]["g"] = 4.0
+    changes[2] = {"g": 5.0}
+    assert [info.get("task", {}).get("g") for _, info in trajectory(env, 3)] == [10.0, None, 3.0, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({0: {"g": 1.0}}, ValueError, r"changes.keys\(\)` must be at least 1; got 0"),
+        ({0.5: {"g": 1.0}}, TypeError, r"changes.keys\(\)` must be an integer; got 0\.5"),
+        ({3: {"mass": 1.0}}, ValueError, r"`changes\[3\]` of Pendulum-v1 must be among \['g', 'm', 'l'\]; got 'mass'"),
+        ({3: {"m": 0.0}}, ValueError, r"`changes\[3\]\['m'\]` must be positive and finite; got 0\.0"),
+    ],
+)
+def test_bad_changes_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        make_with_physics("Pendulum-v1", {}, changes=changes)
+
+
 # Errors
 
 

@@ -1,0 +1,69 @@
+"""Trees of any kind: what is there, and whether it is finite."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import vmap
+
+from ssmrl.adaptation.tree import all_finite, is_there, tree_leaves, tree_map
+
+
+class _Pair(NamedTuple):
+    a: Any
+    b: Any
+
+
+@pytest.mark.parametrize("nothing", [(), [], {}, ((), {}), _Pair((), ())])
+def test_a_tree_without_leaves_is_not_there(nothing):
+    assert not is_there(nothing)
+
+
+@pytest.mark.parametrize("something", [torch.zeros(()), torch.zeros(0), ((), {"x": torch.zeros(1)}), _Pair((), 0)])
+def test_a_tree_with_a_leaf_is_there_whatever_its_value(something):
+    assert is_there(something)
+
+
+def test_a_map_keeps_the_structure_and_takes_trees_in_parallel():
+    first = _Pair(torch.tensor(1.0), {"x": [torch.tensor(2.0), ()]})
+    second = _Pair(torch.tensor(10.0), {"x": [torch.tensor(20.0), ()]})
+    mapped = tree_map(torch.add, first, second)
+    assert type(mapped) is _Pair
+    assert mapped.b["x"][1] == ()
+    assert [leaf.item() for leaf in tree_leaves(mapped)] == [11.0, 22.0]
+
+
+@given(
+    leaf=st.integers(0, 2), place=st.integers(0, 3), bad=st.sampled_from([float("nan"), float("inf"), -float("inf")])
+)
+def test_one_number_that_is_not_finite_anywhere_is_found(leaf, place, bad):
+    leaves = [torch.ones(4) for _ in range(3)]
+    tree = {"x": (leaves[0], {"y": leaves[1]}), "z": [leaves[2], torch.arange(3), ()]}
+    assert bool(all_finite(tree))
+    leaves[leaf][place] = bad
+    found: Tensor = all_finite(tree)
+    assert found.shape == ()
+    assert not bool(found)
+
+
+def test_numbers_that_overflow_when_they_are_summed_are_finite():
+    assert bool(all_finite(torch.tensor([3e38, 3e38])))
+
+
+@pytest.mark.parametrize("tree", [(), torch.arange(3), (torch.tensor([True]), {})])
+def test_what_holds_no_floating_point_numbers_is_finite(tree):
+    assert bool(all_finite(tree))
+
+
+def test_leaves_of_several_dtypes_are_looked_at_together():
+    assert not bool(all_finite((torch.ones(2), torch.tensor([float("nan")], dtype=torch.float64))))
+
+
+def test_vmap_says_it_of_every_stream():
+    numbers = torch.tensor([[1.0, 2.0], [1.0, float("nan")], [float("inf"), 0.0]])
+    assert vmap(lambda row, count: all_finite((row, count)))(numbers, torch.arange(3)).tolist() == [True, False, False]
