@@ -169,7 +169,7 @@ class _ExplicitState(nn.Module):
         if hidden_state is None:
             takes = reset is not None and _takes_reset(self.model)
             result = self.model(x, reset=reset) if takes else self.model(x)
-        elif reset is None:
+        elif reset is None or (x.dim() == 3 and x.shape[1] == 0):
             result = self.model(x, hidden_state)
         elif _takes_reset(self.model):
             result = self.model(x, hidden_state, reset=reset)
@@ -179,11 +179,6 @@ class _ExplicitState(nn.Module):
 
     def _steps(self, x: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tensor, Any]:
         """What `reset` means, for a model that does not take it."""
-        if x.dim() == 3 and x.shape[1] == 0:
-            raise ValueError(
-                f"x must hold at least one step for {type(self.model).__name__}, which takes no `reset`; "
-                f"got shape {tuple(x.shape)}."
-            )
         initial = self._init_hidden(x.shape[0])
         steps, masks = ([x], [reset]) if x.dim() == 2 else (x.unbind(1), reset.unbind(1))
         outputs = []
