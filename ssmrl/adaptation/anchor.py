@@ -6,7 +6,7 @@ adapters will run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -79,8 +79,9 @@ def trust_region(anchor: Any, max_distance: float) -> GradientTransformation:
 
 
 def distance(params: Any, anchor: Any) -> Tensor:
-    """‖θ - θ_a‖ over all leaves of two pytrees, a scalar."""
-    return _square(tree_map(torch.sub, params, anchor)).sqrt()
+    """‖θ - θ_a‖ over all leaves of two pytrees, a scalar; its derivative at 0 is 0."""
+    square = _square(tree_map(torch.sub, params, anchor))
+    return torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).sqrt())
 
 
 def fisher_information(loss_fn: Callable[..., Tensor], params: Any, *data: Any) -> Any:
@@ -111,13 +112,21 @@ def _square(tree: Any) -> Tensor:
 
 
 def _check_importance(importance: Any, anchor: Any) -> None:
-    if isinstance(importance, Mapping) and isinstance(anchor, Mapping) and importance.keys() != anchor.keys():
-        raise ValueError(f"importance must have the names of the adapted parameters; got {sorted(importance)}.")
-    weights: list[Any] = tree_leaves(importance)
-    anchors: list[Tensor] = tree_leaves(anchor)
-    for weight, like in zip(weights, anchors, strict=True):
+    try:
+        pairs: list[Any] = tree_leaves(tree_map(lambda *pair: _Pair(pair), anchor, importance))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"importance must have the structure of the parameters: {error}") from error
+    for pair in pairs:
+        like, weight = pair.leaves
         if not isinstance(weight, Tensor) or weight.shape != like.shape:
             got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise ValueError(f"importance must have the shapes of the parameters; got {got} for {tuple(like.shape)}.")
         if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
             raise ValueError("importance must be finite and not negative.")
+
+
+class _Pair:
+    """A leaf for the tree, which a tuple is not."""
+
+    def __init__(self, leaves: tuple[Any, Any]) -> None:
+        self.leaves = leaves

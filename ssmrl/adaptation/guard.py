@@ -26,9 +26,9 @@ class Guard:
     - Either makes the next steps smaller by the factor `backoff`; every update that stands makes them larger again, by
       `recovery`, up to their full size.
 
-    So the loss summed over any stretch of time is above the anchor's by at most `allowance` mean losses and that of one
-    transition, once for every reset that the stretch holds; and resets become rare, since each takes the step down and
-    it needs log(1 / backoff) / log(recovery) good updates to come back up.
+    So the loss summed over any stretch of time with R resets is above the anchor's by at most (R + 1) · `allowance`
+    mean losses of the anchor, and R times the largest loss of a transition, by which a reset comes late; and resets
+    become rare, since each takes the step down, and it needs log(1 / backoff) / log(recovery) good updates to come up.
 
     The anchor has a hidden state of its own, carried from call to call: a guarded adapter has to see every transition
     of its stream, one step a call, in order (`AdaptationConfig.every` spares the adaptation, not the look). Given whole
@@ -39,7 +39,7 @@ class Guard:
     """
 
     rise: float = 0.0
-    """Roll back an update after which the loss on its data is above (1 + rise) times what it was before; >= 0."""
+    """Roll back an update after which the loss on its data is above what it was before by `rise` times that; >= 0."""
     allowance: float = 10.0
     """How much worse than the anchor, in mean losses of the anchor, before it comes back; > 0."""
     backoff: float = 0.5
@@ -72,7 +72,7 @@ class Guard:
     ) -> tuple[Tensor, GuardState]:
         """Compare the losses of one transition: whether to go back to the anchor, Bool (), and the state after it."""
         known = torch.isfinite(anchor_loss)  # else there is nothing to compare with
-        anchor_sum = torch.where(known, self.memory * state.anchor_sum + anchor_loss, state.anchor_sum)
+        anchor_sum = torch.where(known, self.memory * state.anchor_sum + anchor_loss.abs(), state.anchor_sum)
         weight = torch.where(known, self.memory * state.weight + 1, state.weight)
         excess = torch.where(known, torch.clamp(state.excess + loss - anchor_loss, min=0), state.excess)
         back = (excess > self.allowance * anchor_sum / weight.clamp(min=1e-6)) | ~torch.isfinite(loss)
@@ -81,7 +81,7 @@ class Guard:
 
     def judge(self, before: Tensor, after: Tensor) -> Tensor:
         """Whether an update stands, by the loss on its data before and after it."""
-        return after <= (1 + self.rise) * before
+        return after <= before + self.rise * before.abs()
 
     def rescaled(self, state: GuardState, tried: Tensor, stands: Tensor) -> GuardState:
         """The state after an update was `tried` or not, and `stands` or not."""
@@ -96,7 +96,7 @@ class GuardState(NamedTuple):
     excess: Tensor
     """() how much worse the adapted model was."""
     anchor_sum: Tensor
-    """() weighted sum of the anchor's losses."""
+    """() weighted sum of the sizes of the anchor's losses."""
     weight: Tensor
     """() and the sum of its weights."""
     scale: Tensor

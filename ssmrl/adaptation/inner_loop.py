@@ -144,8 +144,9 @@ def _gradient_and_value_alone(loss_fn: Callable[..., Tensor]) -> Callable[..., t
                 if "Inference tensors" not in str(error):
                     raise
                 return grad_and_value(loss_fn)(params, *args)  # what inference mode made, torch.func takes
-            if loss.dim() != 0:
-                raise RuntimeError(f"Expected loss_fn to return a scalar tensor; got one of shape {tuple(loss.shape)}.")
+            if not isinstance(loss, Tensor) or loss.dim() != 0:
+                got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise RuntimeError(f"Expected loss_fn to return a scalar tensor; got {got}.")
             gradient = (
                 torch.autograd.grad(loss, at, materialize_grads=True)
                 if loss.requires_grad

@@ -73,7 +73,7 @@ class RiseState(NamedTuple):
 
 
 def reset_on_rise(ratio: float = 3.0, *, fast: float = 0.5, slow: float = 0.02, keep: int | None = 4) -> ResetPolicy:
-    """Reset where the error says so: a fast mean of the loss is above `ratio` times a slow one, or not finite.
+    """Reset where the error says so: a fast mean of the loss is above `ratio` times a slow one, or a loss not finite.
 
     The means are exponential, m = Σ_j (1 - w)^j l_{t-j} / Σ_j (1 - w)^j, and begin anew with every reset; nothing
     happens in the first 2 / fast updates after one.
@@ -97,7 +97,7 @@ def reset_on_rise(ratio: float = 3.0, *, fast: float = 0.5, slow: float = 0.02, 
 
     def init(like: Tensor) -> RiseState:
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
-        return RiseState(zero, zero, zero, zero, zero)
+        return RiseState(zero, zero, zero, zero, torch.zeros((), dtype=torch.int64, device=like.device))
 
     def update(observed: Observed, state: RiseState) -> tuple[Tensor, RiseState]:
         loss = observed.loss
@@ -110,9 +110,9 @@ def reset_on_rise(ratio: float = 3.0, *, fast: float = 0.5, slow: float = 0.02, 
         )
         # Against the slow mean as it was before this loss.
         before = state.slow / torch.where(state.slow_weight > 0, state.slow_weight, 1.0)
-        rose = (after.fast / after.fast_weight > ratio * before) & (state.number >= exempt)
-        reset = rose | ~torch.isfinite(loss)
-        return reset, RiseState(*(torch.where(reset, 0.0, value) for value in after))
+        rose = after.fast / after.fast_weight - before > (ratio - 1) * before.abs()
+        reset = (rose & (state.number >= exempt)) | ~torch.isfinite(loss)
+        return reset, RiseState(*(torch.where(reset, torch.zeros_like(value), value) for value in after))
 
     return ResetPolicy(init, update, _check_keep(keep))
 

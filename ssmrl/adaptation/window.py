@@ -63,7 +63,7 @@ class Window:
 
 
 class Buffer(NamedTuple):
-    """The oldest transition first, then empty places; the leading axes of all leaves are (B, L)."""
+    """The oldest transition first, then places that do not count; the leading axes of all leaves are (B, L)."""
 
     x: Tensor
     y: Any
@@ -90,7 +90,8 @@ def push(buffer: Buffer, x: Tensor, y: Any, hidden: Any, reset: Any) -> Buffer:
     capacity = buffer.x.shape[1]
     places = torch.arange(capacity, device=buffer.x.device)
     full = buffer.filled >= capacity
-    at = places == buffer.filled.clamp(max=capacity - 1)
+    # Empty places hold the newest transition too: losses there do not count, but must have a derivative.
+    at = places >= buffer.filled.clamp(max=capacity - 1)
 
     def put(held: Tensor, new: Tensor) -> Tensor:
         held = torch.where(full, held.roll(-1, 1), held)

@@ -116,6 +116,14 @@ def test_the_anchor_s_hidden_state_is_carried_as_it_is():
     assert {value.dtype for value in state[:4]} == {torch.float32}
 
 
+def test_losses_below_zero_are_judged_too():
+    guard = Guard(rise=0.1)
+    back, _ = guard.watch(guard.init(f64(0.0), ()), f64(-1.0), f64(-1.0), ())
+    assert not back
+    assert guard.judge(f64(-1.0), f64(-0.95))
+    assert not guard.judge(f64(-1.0), f64(-0.85))
+
+
 # The size of steps.
 
 

@@ -405,6 +405,7 @@ def test_without_grad_mode_it_changes_nothing_that_it_is_given(make):
         before = copied((params, state, x, y))
         go(params, optimizer_state=state)
     assert identical((params, state, x, y), before)
+    assert not any(p.requires_grad for p in params.values())
 
 
 @pytest.mark.parametrize("options", [{}, {"first_order": True}, {"recompute": 1}, {"mixed_mode": True}])
@@ -441,6 +442,16 @@ def test_a_loss_that_does_not_depend_on_the_params_leaves_them(mode):
     with mode():  # one of two: a = 1 and 2 go by -0.5 · 1, twice, and b stays
         adapted = go(lambda p: p["a"].sum() * 1.0)
     assert {name: p.tolist() for name, p in adapted.params.items()} == {"a": [0.0, 1.0], "b": 1.0}
+
+
+@over_optimizers
+def test_without_grad_mode_params_that_a_loss_does_not_use_have_gradient_zero(make):
+    # Not none: weight decay, for one, moves them.
+    go = partial(adapt, params={"a": f64([1.0, 2.0]), "b": f64(1.0)}, optimizer=make(0.1), num_steps=3)
+    expected = go(lambda p: p["a"].square().sum())
+    with torch.no_grad():
+        found = go(lambda p: p["a"].square().sum())
+    close((found.params, found.optimizer_state), (expected.params, expected.optimizer_state))
 
 
 def test_what_else_a_loss_depends_on_gets_no_gradient():

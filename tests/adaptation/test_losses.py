@@ -154,6 +154,8 @@ def test_the_entropy_takes_no_notice_of_a_shift_of_logits():
 def test_a_class_that_is_masked_out_has_no_entropy():
     masked = torch.tensor([0.0, 1.0, -torch.inf])
     torch.testing.assert_close(entropy_loss(masked), entropy_loss(masked[:2]))
+    torch.testing.assert_close(grad(entropy_loss)(masked)[:2], grad(entropy_loss)(masked[:2]))
+    assert grad(entropy_loss)(masked)[2] == 0
 
 
 # All of them.

@@ -394,12 +394,23 @@ def test_a_first_call_beside_later_ones_under_vmap_equals_a_loop():
     torch.testing.assert_close(mapped, torch.stack(each), rtol=1e-12, atol=0)
 
 
-def test_with_a_first_call_in_the_state_the_state_before_is_left_as_it_was():
-    optimizer = with_first_call(dampened())
+@pytest.mark.parametrize(
+    "make",
+    [
+        dampened,
+        lambda: torchopt.chain(torchopt.transform.trace(0.9, 0.5), torchopt.transform.scale_by_adam()),
+        lambda: torchopt.chain(torchopt.transform.trace(0.9, 0.5), torchopt.transform.scale_by_rms()),
+    ],
+    ids=["alone", "before adam", "before rms"],
+)
+def test_with_a_first_call_in_the_state_the_state_before_is_left_as_it_was(make):
+    optimizer = with_first_call(make())
     _, state = run(optimizer, GRADIENTS[:2])
     before = [leaf.clone() for leaf in pytree.tree_leaves(state)]
-    optimizer.update(GRADIENTS[2], state, params=GRADIENTS[2], inplace=True)
+    after = optimizer.update(GRADIENTS[2], state, params=GRADIENTS[2], inplace=True)
     assert all(torch.equal(a, b) for a, b in zip(before, pytree.tree_leaves(state), strict=True))
+    again = optimizer.update(GRADIENTS[2], state, params=GRADIENTS[2], inplace=True)
+    torch.testing.assert_close(again, after, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", [torchopt.sgd(0.1), torchopt.sgd(0.1, momentum=0.9), torchopt.adam(0.1)])
@@ -459,13 +470,25 @@ def _by_name(kept, updates, state, *, params=None, inplace=True):
     [
         torchopt.adamw(0.1, mask={"a": True, "b": False}),
         torchopt.adamw(0.1, mask=lambda params: params),
+        torchopt.adamw(0.1, mask=(True, False)),
+        torchopt.transform.scale(f64([0.1, 0.2])),  # type: ignore[arg-type]
         scale_by_learning_rates({"a": f64(0.1), "b": f64(0.2)}),
         torchopt.chain(torchopt.transform.scale_by_adam(), scale_by_learning_rates(f64([0.1, 0.2]))),
         trust_region({"a": f64(0.1)}, 1.0),
         torchopt.chain(pull_to_anchor(f64([0.1]), 1.0), torchopt.sgd(0.1)),
         own(lambda updates, state, *, params=None, inplace=True: (updates, state)),
     ],
-    ids=["mask", "mask by a function", "rates", "rates in a chain", "trust region", "pull", "own"],
+    ids=[
+        "mask",
+        "mask by a function",
+        "mask in a tuple",
+        "tensor",
+        "rates",
+        "rates in a chain",
+        "trust region",
+        "pull",
+        "own",
+    ],
 )
 def test_what_may_know_parameters_apart_does_not_pass_for_alike(optimizer):
     assert not treats_elements_alike(optimizer)

@@ -148,7 +148,12 @@ def test_vmap_over_streams_equals_a_loop(policy):
 def test_the_state_has_the_dtype_of_the_loss():
     state = reset_on_rise().init(torch.zeros((), dtype=torch.float32))
     _, state = reset_on_rise().update(Observed(torch.tensor(2.0), torch.tensor(False)), state)
-    assert {leaf.dtype for leaf in tree_leaves(state)} == {torch.float32}
+    assert {leaf.dtype for leaf in state[:-1]} == {torch.float32}
+
+
+def test_losses_below_zero_are_compared_too():
+    assert run(reset_on_rise(2.0), [-1.0] * 12) == []
+    assert run(reset_on_rise(2.0, fast=0.9, slow=0.1), [-1.0] * 8 + [1.0]) == [8]
 
 
 def test_a_policy_says_what_stays_in_the_window():

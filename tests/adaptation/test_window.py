@@ -138,9 +138,25 @@ def test_the_buffer_keeps_dtypes_of_labels_and_of_masks():
         (),
         torch.tensor([True, False]),
     )
-    assert buffer.y.tolist() == [[4, 0], [5, 0]]
-    assert buffer.reset.tolist() == [[True, False], [False, False]]
+    assert buffer.y.tolist() == [[4, 4], [5, 5]]  # the newest transition also stands where there is none yet
+    assert buffer.reset.tolist() == [[True, True], [False, False]]
     assert buffer.hidden == ()
+    assert buffer.filled == 1
+
+
+def test_places_that_do_not_count_leave_the_derivative_alone():
+    """The root of a loss of 0, say, has none there."""
+    window = Window(3)
+    transition = (torch.ones(1, 2), torch.ones(1, 1), (), ())
+    buffer = push(empty_buffer(window, *transition), *transition)
+
+    def loss(p):
+        def forward(p, x, hidden, reset):
+            return x @ p, ()
+
+        return window_loss(window, buffer, forward, lambda o, y: (o - y).square().sum().sqrt(), p)
+
+    assert torch.func.grad(loss)(torch.ones(2, 1)).tolist() == [[1.0], [1.0]]
 
 
 # The loss.
