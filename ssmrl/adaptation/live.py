@@ -153,12 +153,12 @@ class LiveModel:
         )
         return output, after if is_there(after) else ()
 
-    def update(self, *, measured: bool) -> Callable[..., tuple[Stream, Report]]:
+    def update(self, *, measured: bool, adapting: bool = True) -> Callable[..., tuple[Stream, Report]]:
         """(stream, others, x, y, hidden, reset) -> (stream, report), with all tensors of the model as arguments."""
 
         def run(stream: Stream, others: dict[str, Tensor], *data: Any) -> tuple[Stream, Report]:
             rules = replace(self.rules, forward=partial(self.forward, others))
-            return update(rules, stream, *data, measured=measured)
+            return update(rules, stream, *data, measured=measured, adapting=adapting)
 
         return run
 

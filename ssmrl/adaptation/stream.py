@@ -156,7 +156,15 @@ def in_use(stream: Stream) -> Any:
 
 
 def update(
-    rules: Rules, stream: Stream, x: Tensor, y: Any, hidden: Any, reset: Any, *, measured: bool = True
+    rules: Rules,
+    stream: Stream,
+    x: Tensor,
+    y: Any,
+    hidden: Any,
+    reset: Any,
+    *,
+    measured: bool = True,
+    adapting: bool = True,
 ) -> tuple[Stream, Report]:
     """Take one transition, (B, ...), or batch of sequences, (B, T, ...), and adapt to it, or to the window it ends.
 
@@ -166,6 +174,7 @@ def update(
         x, y, hidden: inputs, targets, and the state before them; () for targets or a state that there are not.
         reset: Bool (B,) or (B, T), where episodes begin; () for nowhere.
         measured: work out the loss after the update, and distances; else they are NaN where nothing needs them.
+        adapting: False where it is known that it is not the turn of this call (`every`), which saves the work.
 
     Returns:
         The stream after it, and what happened.
@@ -215,9 +224,9 @@ def update(
 
     # Adapt, and judge.
     tried = due & fine
-    if rules.branches and not bool(tried):
-        first = loss_of(params) if measured else torch.full_like(_one(rules.anchor), torch.nan)
-        stands, last, risen = tried, first, tried
+    if not adapting or (rules.branches and not bool(tried)):
+        first = last = loss_of(params)
+        stands = never
         outcome = torch.full_like(calls, Outcome.WAITING)
         step_norm = torch.zeros_like(first)
     else:

@@ -77,10 +77,11 @@ class StreamAdapter:
         self._streams: Stream | None = None
         self._active = torch.ones(num_streams, dtype=torch.bool, device=self._live.like.device)
         self._all_active = True
-        self._functions: dict[str, Callable[..., Any]] = {
-            "update": self._mapped(self._live.update(measured=True)),
-            "update_step": self._mapped(self._live.update(measured=False)),
-            "predict": self._mapped(self._predict),
+        self._predict = self._mapped(lambda params, others, *data: self._live.forward(others, params, *data))
+        self._updates = {
+            (measured, adapting): self._mapped(self._live.update(measured=measured, adapting=adapting))
+            for measured in (True, False)
+            for adapting in (True, False)
         }
 
     @property
@@ -116,7 +117,7 @@ class StreamAdapter:
         if self._streams is None:
             output, after = self._live.forward({}, self._live.rules.anchor, x, *_one_row(data[1:]))
         else:
-            mapped = self._functions["predict"](in_use(self._streams), self._live.others(), *data)
+            mapped = self._predict(in_use(self._streams), self._live.others(), *data)
             output, after = _one_row(mapped)
         return output, after if is_there(after) else None
 
@@ -139,12 +140,12 @@ class StreamAdapter:
             TypeError, ValueError: data of a wrong shape, dtype or device. Values that are not finite are no error: that
                 stream is left as it is, and so it is where steps lead to a value that is not finite.
         """
-        report = self._update("update_step", x, y, hidden_state, reset)
+        report = self._update(False, x, y, hidden_state, reset)
         return report.loss, report.num_steps
 
     def update(self, x: Tensor, y: Tensor | None, hidden_state: Any, *, reset: Tensor | bool | None = None) -> Report:
         """`update_step`, and what it did in numbers, (N,) each, for the price of one more evaluation of the loss."""
-        return self._update("update", x, y, hidden_state, reset)
+        return self._update(True, x, y, hidden_state, reset)
 
     def params(self, stream: int) -> dict[str, Tensor]:
         """Copies of the weights in use of one stream, by name: of those that adapt."""
@@ -206,7 +207,7 @@ class StreamAdapter:
         self._all_active = bool(self._active.all())
 
     @torch.no_grad()
-    def _update(self, how: str, x: Tensor, y: Any, hidden_state: Any, reset: Any) -> Report:
+    def _update(self, measured: bool, x: Tensor, y: Any, hidden_state: Any, reset: Any) -> Report:
         self._check(x, y, hidden_state)
         data: tuple[Any, ...] = _rows(self._live.data(x, y, hidden_state, check_reset_mask(reset, x), len(x)))
         streams = self._streams
@@ -214,8 +215,10 @@ class StreamAdapter:
             first = tree_map(lambda leaf: leaf[0], data)
             streams = _stacked(begin(self._live.rules, *first), self.num_streams)
         streams, data = self._live.fitted(streams, data, axis=2)
+        every = self.config.every
+        adapting = every == 1 or bool(((streams.counts.calls + 1) % every == 0).any())
         report: Report
-        after, report = self._functions[how](streams, self._live.others(), *data)
+        after, report = self._updates[measured, adapting](streams, self._live.others(), *data)
         if not self._all_active:
             after = _where(self._active, after, streams)
             nothing = Report(*(torch.full_like(t, torch.nan if t.is_floating_point() else 0) for t in report))
@@ -223,9 +226,6 @@ class StreamAdapter:
             report = _where(self._active, report, nothing)
         self._streams = after
         return report
-
-    def _predict(self, params: Any, others: Any, x: Tensor, hidden: Any, reset: Any) -> tuple[Tensor, Any]:
-        return self._live.forward(others, params, x, hidden, reset)
 
     def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """(streams or their parameters, others, *data) mapped over streams."""

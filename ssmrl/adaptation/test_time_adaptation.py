@@ -179,8 +179,8 @@ class Adapter:
                 that input; None: nowhere.
 
         Returns:
-            The loss *before* the first gradient step, and the number of steps that stand: K, or 0 for an update that
-            was skipped or rolled back.
+            The loss *before* the first gradient step, of the window where there is one, and the number of steps that
+            stand: K, or 0 for an update that was skipped or rolled back.
 
         Raises:
             TypeError, ValueError: data of a wrong shape, dtype or device, or an empty batch; without a guard also data

@@ -239,6 +239,24 @@ def test_update_step_is_update_with_less_to_say():
         assert same(tree_leaves(one.params(2)), tree_leaves(other.params(2)))
 
 
+def test_calls_in_between_evaluate_the_loss_once_and_adapt_in_no_stream():
+    evaluations = []
+
+    def loss(output, y):
+        evaluations.append(1)
+        return (output - y).square().mean()
+
+    model, (xs, ys, _) = model_of(), recording()
+    streams = StreamAdapter(model, AdaptationConfig(0.1, 4, every=3), N, loss_fn=loss)
+    counts = []
+    for x, y in zip(xs[:6], ys[:6], strict=True):
+        evaluations.clear()
+        losses, steps = streams.update_step(x, y, None)
+        assert losses.isfinite().all()
+        counts.append((len(evaluations), int(steps[0])))
+    assert counts == [(1, 0), (1, 0), (4, 4)] * 2
+
+
 def test_the_model_is_never_written_to():
     model = model_of()
     before = copy.deepcopy(model.state_dict())
