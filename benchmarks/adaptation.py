@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ssmrl import AdaptationConfig, Adapter, StateSpaceModel, StreamAdapter
 from ssmrl.adaptation import Guard, Window, reset_at_episode_end, reset_every, reset_on_rise
+from ssmrl.adaptation.tree import tree_leaves
 
 PARTS = ("speed", "study", "guard")
 SYSTEMS = ("linear", "Pendulum-v1", "CartPole-v1")
@@ -123,10 +124,10 @@ def speed(size: Size) -> dict[str, Any]:
             "StreamAdapter, compiled": _updates([StreamAdapter(model, config, many, compile=True)], x, y, state),
         }
         figures[f"{many} streams, {name}"] = medians(ways, max(3, size.repeats // 5))
-    before = resident()
     lots = StreamAdapter(model, adam(adapted=["output_mlp.out", "output_input"]), 16 * many)
     lots.update_step(*(t.repeat(16, 1) for t in (x, y, state)))
-    figures[f"MB for {16 * many} streams of heads"] = resident() - before
+    held = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(lots.snapshot().streams))
+    figures[f"MB held for {16 * many} streams of heads"] = held / 2**20
     return figures
 
 

@@ -29,7 +29,7 @@ class StreamsSnapshot(NamedTuple):
 
 
 class StreamAdapter:
-    """Adapts one model to N streams of transitions in one call, as N `Adapter`s would: the same numbers for each.
+    """Adapts one model to N streams of transitions in one call, as so many adapters would: the same numbers for each.
 
     It is called like the model, whose row i then has the weights of stream i. Every stream has its own adapted
     weights, optimizer state, window, guard and counters; what does not adapt is held once. A stream whose data are not
