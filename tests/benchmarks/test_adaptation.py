@@ -107,3 +107,10 @@ def test_it_runs_and_says_what_it_found(tmp_path):
         assert run["unguarded_largest_error"] == "not finite" or run["unguarded_largest_error"] > 1e3
     assert (tmp_path / "a_study.png").read_bytes().startswith(b"\x89PNG")
     assert "hidden state only" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_ways_that_are_timed_run(adaptation):
+    figures = adaptation.speed(adaptation.SIZES["tiny"])
+    assert len(figures["one stream"]) == 3
+    assert figures["MB held for 64 streams of heads"] == pytest.approx(64 * 3 * 1782 * 4 / 2**20, rel=0.02)
