@@ -19,7 +19,7 @@ from ssmrl.adaptation.tree import is_there, tree_map
 __all__ = ["Buffer", "Window", "empty_buffer", "keep_newest", "push", "window_loss"]
 
 Forward = Callable[[Any, Tensor, Any, Any], tuple[Tensor, Any]]
-"""(params, x, hidden_state, reset or None) -> (output, next state)."""
+"""(params, x, hidden_state, reset) -> (output, next state); () for a state or a mask that there is not."""
 
 
 @dataclass(frozen=True)
