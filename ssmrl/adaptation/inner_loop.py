@@ -19,6 +19,7 @@ from torchopt.base import GradientTransformation
 from ssmrl.adaptation.optim import check_num_steps, check_optimizer, differentiable_update
 from ssmrl.adaptation.recompute import (
     a_transform_is_active,
+    autograd_gradient,
     mixed_mode_grad_and_value,
     recomputed,
     refuse_captured,
@@ -147,11 +148,7 @@ def _gradient_and_value_alone(loss_fn: Callable[..., Tensor]) -> Callable[..., t
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise RuntimeError(f"Expected loss_fn to return a scalar tensor; got {got}.")
-            gradient = (
-                torch.autograd.grad(loss, at, materialize_grads=True)
-                if loss.requires_grad
-                else [torch.zeros_like(leaf) for leaf in at]
-            )
+            gradient = autograd_gradient(loss, at)
         return pytree.tree_unflatten(structure, gradient), loss.detach()
 
     return run

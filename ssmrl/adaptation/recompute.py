@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.func import grad, jvp, vjp, vmap
 from torchopt import pytree
 
-__all__ = ["a_transform_is_active", "mixed_mode_grad_and_value", "recomputed", "refuse_captured"]
+__all__ = ["a_transform_is_active", "autograd_gradient", "mixed_mode_grad_and_value", "recomputed", "refuse_captured"]
 
 Result = TypeVar("Result")
 
@@ -218,9 +218,7 @@ class _MixedModeGradient(Function):
         with torch.enable_grad():
             at = [t.detach().requires_grad_() for t in tensors[:count]]
             value = loss(*at, *tensors[count:])
-            if not value.requires_grad:  # a loss that does not depend on the parameters
-                return *(torch.zeros_like(t) for t in at), value
-            gradient = torch.autograd.grad(value.sum(), at, materialize_grads=True)
+            gradient = autograd_gradient(value.sum(), at)
         return *gradient, value.detach()
 
     @staticmethod
@@ -250,6 +248,13 @@ class _MixedModeGradient(Function):
         dims = (0,) * count + tuple(in_dims[2 + count :])
         mapped = vmap(loss, in_dims=dims, randomness=info.randomness)
         return _MixedModeGradient.apply(mapped, count, *params, *tensors[count:]), (0,) * (count + 1)
+
+
+def autograd_gradient(value: Tensor, at: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradient of a scalar by autograd itself; zeros in what it does not depend on, which may be all of it."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(t) for t in at)
+    return torch.autograd.grad(value, at, materialize_grads=True)
 
 
 def _gradient_and_value(loss: Callable[..., Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
