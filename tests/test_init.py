@@ -84,7 +84,8 @@ def settings():
         torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled, logging.root.level, list(logging.root.handlers), logging.root.manager.disable,
-        numpy.geterr(), sys.getrecursionlimit(), signal.getsignal(signal.SIGINT), set(gymnasium.registry),
+        numpy.geterr(), sys.getrecursionlimit(), signal.getsignal(signal.SIGINT),
+        {{name for name in gymnasium.registry if not name.startswith('ssmrl/')}},
     )
 
 before = settings()

@@ -16,8 +16,9 @@ ALLOWED = {
     "core": {"torch", "safetensors", "ssmrl.core"},
     "adaptation": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation"},
     "meta_rl": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.meta_rl"},
-    "env_runner": {"gymnasium", "numpy", "torch", "ssmrl.env_runner"},
+    "env_runner": {"gymnasium", "numpy", "torch", "ssmrl.env_runner", "metaworld", "minari", "mujoco"},
 }
+EXTRAS = {"metaworld", "minari", "mujoco"}
 over_packages = pytest.mark.parametrize("package", ALLOWED)
 
 
@@ -47,6 +48,17 @@ def test_a_package_imports_only_what_its_layer_may(package):
     assert files
     for file in files:
         assert imported(file.read_text("utf-8")) <= ALLOWED[package], file
+
+
+def test_extras_are_imported_where_they_are_used():
+    """A module of this library can be imported without them: inside a function, or for a type checker alone."""
+    for file in ROOT.rglob("*.py"):
+        top = [
+            ast.unparse(n)
+            for n in ast.parse(file.read_text("utf-8")).body
+            if isinstance(n, (ast.Import, ast.ImportFrom))
+        ]
+        assert not EXTRAS & imported("\n".join(top)), file
 
 
 def test_the_inner_loop_needs_no_models():

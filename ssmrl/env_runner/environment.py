@@ -5,24 +5,27 @@ Letters: B rows, that is environments that run side by side; A action components
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ClosedEnvironmentError
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
-from gymnasium.wrappers import TimeLimit
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
 from ssmrl.env_runner._checks import require_integer
+from ssmrl.env_runner.batch import BatchedEnv
+from ssmrl.env_runner.rows import restore_rows, save_rows
+from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError
+from ssmrl.env_runner.tasks.family import TaskFamily
+from ssmrl.env_runner.tasks.registration import family_names, task_family
+from ssmrl.env_runner.vectorize import Maker, make_rows
 
 __all__ = ["Environment", "Maker", "derive_seed"]
-
-Maker = Callable[[], gymnasium.Env[Any, Any]]
 
 
 def derive_seed(seed: int, *key: int) -> int:
@@ -40,14 +43,16 @@ class Environment(VectorWrapper):
 
     It is an ordinary `gymnasium.vector.VectorEnv`: every array has the leading axis B, and
     Gymnasium's vector wrappers can be put around it. What it adds is seeding by one integer that
-    does not depend on B, tasks per row, a `max_episode_steps` that always holds, and errors in
-    place of silence.
+    does not depend on B, tasks per row, native batches where there are some, a `max_episode_steps`
+    that always holds, saving and restoring, and errors in place of silence.
 
     Args:
-        env: an id (`"CartPole-v1"`), an `EnvSpec`, a maker (a callable without arguments that
-            returns a new `gymnasium.Env`), or a list of B makers: a task per row. The rows' spaces
-            must be equal.
-        batch_size: B. None: the number of makers in a list, 1 otherwise.
+        env: a `TaskFamily` or the name of one (`"halfcheetah-vel"`), an id (`"CartPole-v1"`), an
+            `EnvSpec`, a maker (a callable without arguments that returns a new `gymnasium.Env`), or
+            a list of B makers: a task per row. The rows' spaces must be equal.
+        batch_size: B. None: the number of makers or tasks, 1 otherwise.
+        tasks: arguments of every row's environment, as `TaskFamily.sample` draws them; for a family
+            or an id.
         max_episode_steps: truncate episodes after that many steps. It replaces the limit of the
             spec, and every TimeLimit that a maker applies. None: leave those as they are.
         seed: the seed of the first `reset`, where that is given none. None: not reproducible.
@@ -56,9 +61,12 @@ class Environment(VectorWrapper):
             with SAME_STEP the observation is the reset one and the last one is in
             `info["final_obs"]`, with DISABLED the row waits for
             `reset(options={"reset_mask": mask})`.
-        vectorization_mode: "sync" (a loop) or "async" (a process per row; makers must survive
-            cloudpickle). Both give the same numbers.
-        **kwargs: arguments of the environment, for an id or an `EnvSpec`.
+        vectorization_mode: "native" (all rows in one simulation: the `ssmrl/` ids, and Gymnasium's
+            own robots, cart-pole and pendulum), "sync" (a loop) or "async" (a process per row; makers
+            must survive cloudpickle). All give the same numbers. "auto": native where it can be,
+            else sync.
+        out_of_bounds: what becomes of Box actions outside the space: "error", or "clip" to it.
+        **kwargs: arguments of the environment, for a family, an id or an `EnvSpec`.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind described above.
@@ -67,18 +75,23 @@ class Environment(VectorWrapper):
 
     def __init__(
         self,
-        env: str | EnvSpec | Maker | Sequence[Maker],
+        env: str | EnvSpec | TaskFamily | Maker | Sequence[Maker],
         batch_size: int | None = None,
         *,
+        tasks: Sequence[Task] | None = None,
         max_episode_steps: int | None = None,
         seed: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        vectorization_mode: str = "sync",
+        vectorization_mode: str = "auto",
+        out_of_bounds: str = "error",
         **kwargs: Any,
     ) -> None:
         if batch_size is None:
-            batch_size = len(env) if isinstance(env, (list, tuple)) else 1
+            rows = tasks if tasks is not None else env if isinstance(env, (list, tuple)) else [None]
+            batch_size = len(rows)
         batch_size = require_integer("batch_size", batch_size, 1)
+        if tasks is not None and len(tasks) != batch_size:
+            raise ValueError(f"`tasks` must hold one task per row, {batch_size}; got {len(tasks)}.")
         if max_episode_steps is not None:
             max_episode_steps = require_integer("max_episode_steps", max_episode_steps, 1)
         self._seed = None if seed is None else require_integer("seed", seed, 0)
@@ -87,35 +100,22 @@ class Environment(VectorWrapper):
                 "`autoreset_mode` must be an AutoresetMode or one of "
                 f"{[mode.value for mode in AutoresetMode]}; got {autoreset_mode!r}."
             )
-        if vectorization_mode not in ("sync", "async"):
-            raise ValueError(f'`vectorization_mode` must be "sync" or "async"; got {vectorization_mode!r}.')
-
+        _require_one_of("vectorization_mode", vectorization_mode, ("auto", "native", "sync", "async"))
+        _require_one_of("out_of_bounds", out_of_bounds, ("error", "clip"))
         mode = AutoresetMode(autoreset_mode)
-        if isinstance(env, (str, EnvSpec)):
-            if isinstance(env, EnvSpec) and "vectorization_mode" in env.kwargs:
+        if isinstance(env, str) and env in family_names():
+            env = task_family(env)
+        if isinstance(env, TaskFamily):
+            if tasks is None:
                 raise ValueError(
-                    "`env` must be the spec of a single environment; got that of a vector "
-                    f"environment, whose settings would override these: {env.kwargs}."
+                    f"`tasks` must be given with the family {env.name!r}: `family.sample(batch_size, seed)` draws them."
                 )
-            if max_episode_steps is not None:
-                kwargs["max_episode_steps"] = max_episode_steps
-            vector = gymnasium.make_vec(
-                env,
-                batch_size,
-                vectorization_mode,
-                vector_kwargs={"autoreset_mode": mode},
-                **kwargs,
-            )
-        else:
-            makers = [
-                partial(_make_row, maker, row, max_episode_steps)
-                for row, maker in enumerate(_makers(env, batch_size, kwargs))
-            ]
-            vectorize = SyncVectorEnv if vectorization_mode == "sync" else AsyncVectorEnv
-            vector = vectorize(makers, autoreset_mode=mode)
-            if isinstance(vector, SyncVectorEnv):
-                _require_distinct(vector.envs)
-        super().__init__(vector)
+            kwargs = {**env.settings, **kwargs}
+            max_episode_steps = env.horizon if max_episode_steps is None else max_episode_steps
+            env = env.env_id
+        self._tasks = None if tasks is None else [dict(task) for task in tasks]
+        super().__init__(make_rows(env, batch_size, self._tasks, max_episode_steps, mode, vectorization_mode, kwargs))
+        self._clip = out_of_bounds == "clip"
         self._disabled = mode is AutoresetMode.DISABLED
         # (B,) the rows that `step` may not touch before a reset; None before the first one.
         self._ended: NDArray[np.bool_] | None = None
@@ -124,6 +124,64 @@ class Environment(VectorWrapper):
     def batch_size(self) -> int:
         """B, Gymnasium's `num_envs`."""
         return self.num_envs
+
+    @property
+    def is_native(self) -> bool:
+        """Whether all rows are in one native simulation."""
+        return isinstance(self.env, BatchedEnv)
+
+    @property
+    def tasks(self) -> list[Task] | None:
+        """The task of every row, None where it was made without."""
+        return None if self._tasks is None else [dict(task) for task in self._tasks]
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """Give every row another task of the same kind; the next call must be a `reset` of all rows.
+
+        Raises:
+            ValueError: there are not B of them, or one does not fit the environment.
+            TypeError: the environment was made without tasks.
+        """
+        self._require_open()
+        if self._tasks is None:
+            raise TypeError("`set_tasks` needs an environment that was made with `tasks`.")
+        if len(tasks) != self.num_envs:
+            raise ValueError(f"`tasks` must hold one task per row, {self.num_envs}; got {len(tasks)}.")
+        self._tasks = [dict(task) for task in tasks]
+        if isinstance(self.env, BatchedEnv):
+            self.env.set_tasks(tasks)
+        elif isinstance(self.env, SyncVectorEnv):
+            for row, task in zip(self.env.envs, tasks, strict=True):
+                row.get_wrapper_attr("set_task")(task)
+        else:
+            raise TypeError("`set_tasks` needs native or synchronous rows: processes keep theirs.")
+        if self._ended is not None:
+            self._seed, self._ended = None, None
+
+    def save(self) -> State:
+        """Return everything that the future of all rows depends on, as arrays and JSON values.
+
+        Raises:
+            TypeError: the rows are Gymnasium environments that cannot be saved: those of `ssmrl` can.
+        """
+        self._require_open()
+        return {
+            "rows": self.env.save() if isinstance(self.env, BatchedEnv) else save_rows(self.env),
+            "ended": None if self._ended is None else self._ended.copy(),
+            "action_space": copy.deepcopy(self.action_space.np_random.bit_generator.state),
+        }
+
+    def restore(self, state: State) -> None:
+        """Be what `save` saw, bit for bit, in an environment that was made with the same arguments."""
+        self._require_open()
+        if isinstance(self.env, BatchedEnv):
+            self.env.restore(state["rows"])
+        else:
+            restore_rows(self.env, state["rows"])
+        if self._tasks is not None:
+            self._tasks = [dict(task) for task in state["rows"]["tasks"]]
+        self._ended = None if state["ended"] is None else np.array(state["ended"], np.bool_)
+        self.action_space.np_random.bit_generator.state = copy.deepcopy(state["action_space"])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode in every row, or in those of a mask.
@@ -166,12 +224,15 @@ class Environment(VectorWrapper):
 
         Args:
             actions: (B,) integers for a Discrete action space, (B, A) finite numbers for a Box; any
-                other space takes Gymnasium's batched actions. Box actions out of bounds reach the
-                environment as they are.
+                other space takes Gymnasium's batched actions.
 
         Returns:
             Gymnasium's observations (B, ...), rewards (B,), terminations (B,), truncations (B,) and
             vector info.
+
+        Raises:
+            ValueError, TypeError: actions of the wrong shape or kind, not finite, or out of bounds.
+            UnstableSimulationError: a row's simulation left what its physics can be computed for.
         """
         self._require_open()
         if self._ended is None:
@@ -181,8 +242,9 @@ class Environment(VectorWrapper):
                 f"Row {np.flatnonzero(self._ended)[0]} has ended and cannot be stepped: call "
                 '`reset(options={"reset_mask": terminated | truncated})` first.'
             )
-        actions = _check_actions(actions, self.single_action_space, self.num_envs)
+        actions = _check_actions(actions, self.single_action_space, self.num_envs, self._clip, self._tasks)
         result = self.env.step(actions)
+        self._check_observations(result[0])
         self._ended = np.logical_or(result[2], result[3])
         return result
 
@@ -194,63 +256,14 @@ class Environment(VectorWrapper):
         """Close the environment."""
         self.close()
 
+    def _check_observations(self, observations: Any) -> None:
+        if isinstance(observations, np.ndarray) and observations.dtype.kind == "f" and np.isnan(observations).any():
+            row = int(np.flatnonzero(np.isnan(observations).reshape(self.num_envs, -1).any(axis=1))[0])
+            raise UnstableSimulationError(f"The observation of row {row} is not a number{_of_task(self._tasks, row)}.")
+
     def _require_open(self) -> None:
         if self.closed:
             raise ClosedEnvironmentError("The environment is closed and cannot be used again.")
-
-
-def _makers(env: Any, batch_size: int, kwargs: dict[str, Any]) -> Sequence[Maker]:
-    if kwargs:
-        raise TypeError(
-            f"Environment arguments need an id or an EnvSpec; got {sorted(kwargs)} with a maker: "
-            "bind them with functools.partial."
-        )
-    if not isinstance(env, (list, tuple)):
-        if not callable(env):
-            raise TypeError(f"`env` must be an id, an EnvSpec, a maker or a list of makers; got {type(env).__name__}.")
-        return [env] * batch_size
-    if len(env) != batch_size:
-        raise ValueError(f"`batch_size` must be the number of makers in `env`, {len(env)}; got {batch_size}.")
-    for row, maker in enumerate(env):
-        if not callable(maker):
-            raise TypeError(
-                "`env` must hold one maker (a callable that returns an environment) per row; got "
-                f"{maker!r} for row {row}."
-            )
-    return env
-
-
-def _make_row(maker: Maker, row: int, max_episode_steps: int | None) -> gymnasium.Env[Any, Any]:
-    env = maker()
-    if not isinstance(env, gymnasium.Env):
-        raise TypeError(f"The maker of row {row} must return a gymnasium.Env; got {type(env).__name__}.")
-    return env if max_episode_steps is None else _limit_episodes(env, max_episode_steps)
-
-
-def _limit_episodes(env: gymnasium.Env[Any, Any], steps: int) -> gymnasium.Env[Any, Any]:
-    """Replace every TimeLimit where it stands, so that the wrappers around it see the new end."""
-    limited = False
-    outer, layer = None, env
-    while isinstance(layer, gymnasium.Wrapper):
-        if isinstance(layer, TimeLimit):
-            limited = True
-            layer = TimeLimit(layer.env, steps)
-            if outer is None:
-                env = layer
-            else:
-                outer.env = layer
-        outer, layer = layer, layer.env
-    return env if limited else TimeLimit(env, steps)
-
-
-def _require_distinct(envs: Sequence[gymnasium.Env[Any, Any]]) -> None:
-    first: dict[int, int] = {}
-    for row, env in enumerate(envs):
-        other = first.setdefault(id(env.unwrapped), row)
-        if other != row:
-            raise ValueError(
-                f"A maker must return a new environment at every call; rows {other} and {row} got the same one."
-            )
 
 
 def _reset_mask(mask: Any, batch_size: int) -> NDArray[np.bool_]:
@@ -264,7 +277,9 @@ def _reset_mask(mask: Any, batch_size: int) -> NDArray[np.bool_]:
     return rows
 
 
-def _check_actions(actions: Any, space: gymnasium.Space[Any], batch_size: int) -> Any:
+def _check_actions(
+    actions: Any, space: gymnasium.Space[Any], batch_size: int, clip: bool, tasks: list[dict[str, Any]] | None
+) -> Any:
     """Return `actions` (B, ...) as an array of elements of the single action space `space`."""
     if not isinstance(space, (Box, Discrete)):
         return actions
@@ -276,13 +291,34 @@ def _check_actions(actions: Any, space: gymnasium.Space[Any], batch_size: int) -
         if actions.dtype.kind not in "iu":
             raise TypeError(f"`actions` must be integers for {space}; got {actions.dtype}.")
         wrong = (actions < space.start) | (actions >= space.start + space.n)
-        expected = f"from {space.start} to {space.start + space.n - 1}"
-    else:
-        if actions.dtype.kind not in "iuf":
-            raise TypeError(f"`actions` must be real numbers for {space}; got {actions.dtype}.")
-        wrong = ~np.isfinite(actions).reshape(batch_size, -1).all(axis=1)
-        expected = "finite"
+        if wrong.any():
+            _refuse_actions(f"from {space.start} to {space.start + space.n - 1}", actions, wrong, tasks)
+        return actions
+    if actions.dtype.kind not in "iuf":
+        raise TypeError(f"`actions` must be real numbers for {space}; got {actions.dtype}.")
+    if not np.isfinite(actions).all():
+        _refuse_actions("finite", actions, ~np.isfinite(actions), tasks)
+    if clip:
+        return np.clip(actions, space.low, space.high)
+    rounded = actions.astype(space.dtype, copy=False)
+    wrong = (rounded < space.low) | (rounded > space.high)
     if wrong.any():
-        row = np.flatnonzero(wrong)[0]
-        raise ValueError(f"`actions` must be {expected}; got {actions[row]} in row {row}.")
+        expected = f'from {space.low} to {space.high}, unless the environment has out_of_bounds="clip"'
+        _refuse_actions(expected, actions, wrong, tasks)
     return actions
+
+
+def _refuse_actions(
+    expected: str, actions: NDArray[Any], wrong: NDArray[np.bool_], tasks: list[dict[str, Any]] | None
+) -> NoReturn:
+    row = int(np.flatnonzero(wrong.reshape(len(actions), -1).any(axis=1))[0])
+    raise ValueError(f"`actions` must be {expected}; got {actions[row]} in row {row}{_of_task(tasks, row)}.")
+
+
+def _of_task(tasks: list[dict[str, Any]] | None, row: int) -> str:
+    return "" if tasks is None else f", whose task is {tasks[row]}"
+
+
+def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {[*choices]}; got {value!r}.")

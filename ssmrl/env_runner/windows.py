@@ -32,8 +32,9 @@ def cut_windows(trajectory: Trajectory, length: int) -> Windows:
 
     An episode is bounded by a `reset`, a termination or truncation, an invalid step, and the ends
     of the trajectory. What remains of it after its last whole window is dropped. Windows are
-    ordered by row, then by time. Only a window that starts an episode has `reset` in its first
-    step: a model that starts all of them from its initial state sets it there itself.
+    ordered by row, then by time. Only a window that starts an episode (the first of a trial, in a
+    rollout with `episodes_per_trial`) has `reset` in its first step: a model that starts all of
+    them from its initial state sets it there itself.
     """
     length = require_integer("length", length, 1)
     valid = trajectory.valid

@@ -14,7 +14,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformRewa
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorStatistics
 from gymnasium.wrappers.vector import RescaleAction
 
-from ssmrl.env_runner import Environment, derive_seed
+from ssmrl.env_runner import Environment, UnstableSimulationError, derive_seed, task_family
 
 # Python 3.12 warns of fork in a process with threads, which torch starts.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -56,7 +56,8 @@ def test_it_is_an_ordinary_gymnasium_vector_environment():
         assert environment.action_space.shape == (3,)
         assert environment.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
         assert environment.spec is not None
-        assert environment.spec.id == "CartPole-v1"
+        assert environment.spec.id == "ssmrl/CartPole-v1"  # a native batch of it
+        assert environment.is_native
         observation, _ = environment.reset()
         assert observation in environment.observation_space
         observation, reward, terminated, truncated, _ = environment.step(np.array([0, 1, 0]))
@@ -106,7 +107,7 @@ def test_render_returns_one_frame_per_row(counting):
 
 def test_arguments_reach_the_environment_of_an_id_and_of_a_spec():
     for env in ("Pendulum-v1", gymnasium.spec("Pendulum-v1")):
-        environment = Environment(env, 2, g=3.0)
+        environment = Environment(env, 2, g=3.0, vectorization_mode="sync")
         assert isinstance(environment.unwrapped, SyncVectorEnv)
         assert environment.unwrapped.get_attr("g") == (3.0, 3.0)
 
@@ -355,7 +356,10 @@ def test_wrappers_around_a_replaced_limit_see_the_new_end():
         ({"max_episode_steps": 0}, ValueError, "`max_episode_steps` must be at least 1; got 0"),
         ({"max_episode_steps": 1.5}, TypeError, "`max_episode_steps` must be an integer"),
         ({"autoreset_mode": "Never"}, ValueError, r"'Disabled'\]; got 'Never'"),
-        ({"vectorization_mode": "threads"}, ValueError, 'must be "sync" or "async"; got \'thr'),
+        ({"vectorization_mode": "threads"}, ValueError, r"'sync', 'async'\]; got 'threads'"),
+        ({"vectorization_mode": "native", "render_mode": "rgb_array"}, (ValueError, TypeError), "native batch|got"),
+        ({"out_of_bounds": "wrap"}, ValueError, r"\['error', 'clip'\]; got 'wrap'"),
+        ({"tasks": [{}, {}], "batch_size": 3}, ValueError, "`tasks` must hold one task per row, 3; got 2"),
     ],
 )
 @pytest.mark.parametrize("env", ["CartPole-v1", CartPoleEnv])
@@ -373,7 +377,7 @@ def test_an_unknown_id_raises_gymnasiums_own_error():
 
 
 def test_what_is_no_environment_is_refused(counting):
-    with pytest.raises(TypeError, match=r"`env` must be an id, .* a list of makers; got int"):
+    with pytest.raises(TypeError, match=r"`env` must be a family, .* a list of makers; got int"):
         Environment(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got CartPoleEnv"):
         Environment(CartPoleEnv())  # type: ignore[arg-type]
@@ -451,14 +455,85 @@ def test_a_discrete_action_space_that_starts_elsewhere_is_checked_by_its_own_bou
         environment.step([3])
 
 
-def test_box_actions_out_of_bounds_reach_the_environment_unclipped():
+def test_box_actions_out_of_bounds_are_refused_or_clipped():
     class Echo(gymnasium.Wrapper):
         def step(self, action):
             return (*self.env.step(action)[:4], {"action": action})
 
-    environment = Environment(lambda: Echo(gymnasium.make("Pendulum-v1")))
+    def maker():
+        return Echo(gymnasium.make("Pendulum-v1"))
+
+    environment = Environment([maker, maker])
     environment.reset(seed=0)
-    assert environment.step([[7.0]])[4]["action"].tolist() == [[7.0]]
+    with pytest.raises(ValueError, match=r'from \[-2.\] to \[2.\], unless .*"clip"; got \[7.\] in row 1'):
+        environment.step([[0.0], [7.0]])
+    clipping = Environment([maker, maker], out_of_bounds="clip")
+    clipping.reset(seed=0)
+    assert clipping.step([[-7.0], [0.5]])[4]["action"].tolist() == [[-2.0], [0.5]]
+
+
+def test_an_observation_that_is_not_a_number_is_refused_with_its_row():
+    class Broken(gymnasium.ObservationWrapper):
+        def observation(self, observation):
+            return np.full_like(observation, np.nan)
+
+    fine, broken = CartPoleEnv, lambda: Broken(CartPoleEnv())
+    environment = Environment([fine, broken])
+    environment.reset(seed=0)
+    with pytest.raises(UnstableSimulationError, match="observation of row 1 is not a number"):
+        environment.step([0, 0])
+
+
+def test_an_error_names_the_task_of_its_row():
+    environment = Environment("pendulum-physics", tasks=[{"g": 9.0}, {"g": 11.0}])
+    environment.reset(seed=0)
+    for wrong in (9.0, np.nan):
+        with pytest.raises(ValueError, match=r"in row 1, whose task is \{'g': 11.0\}"):
+            environment.step([[0.0], [wrong]])
+
+
+def test_the_name_of_a_family_is_an_environment_of_its_tasks():
+    family = task_family("pendulum-physics")
+    tasks = family.sample(3, seed=0)
+    by_name, by_family = Environment("pendulum-physics", tasks=tasks), Environment(family, tasks=tasks)
+    assert by_name.tasks == by_family.tasks == tasks
+    assert by_name.batch_size == 3
+    np.testing.assert_array_equal(by_name.reset(seed=0)[0], by_family.reset(seed=0)[0])
+    with pytest.raises(ValueError, match=r"`tasks` must be given with the family 'pendulum-physics'"):
+        Environment(family)
+    with pytest.raises(TypeError, match="`tasks` need a family or an id"):
+        Environment(CartPoleEnv, tasks=[{}])
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_other_tasks_take_the_place_of_the_rows_own(kind):
+    family = task_family("pendulum-physics")
+    first, second = family.sample(2, seed=0), family.sample(2, seed=1)
+    environment = Environment(family, tasks=first, seed=0, vectorization_mode=kind)
+    fresh = Environment(family, tasks=second, seed=0, vectorization_mode=kind)
+    environment.reset()
+    environment.step(np.zeros((2, 1), np.float32))
+    environment.set_tasks(second)
+    with pytest.raises(ValueError, match="`reset` must be called before"):
+        environment.step(np.zeros((2, 1), np.float32))
+    np.testing.assert_array_equal(environment.reset(seed=5)[0], fresh.reset(seed=5)[0])
+    action = np.full((2, 1), 1.5, np.float32)
+    for _ in range(3):
+        np.testing.assert_array_equal(environment.step(action)[0], fresh.step(action)[0])
+    assert environment.tasks == second
+    with pytest.raises(ValueError, match="`tasks` must hold one task per row, 2; got 1"):
+        environment.set_tasks(second[:1])
+    with pytest.raises(TypeError, match="`set_tasks` needs an environment that was made with `tasks`"):
+        Environment("Pendulum-v1").set_tasks([{}])
+
+
+def test_only_rows_that_can_be_saved_are_saved(counting):
+    with pytest.raises(TypeError, match=r"Row 0 must be an environment of `ssmrl/`"):
+        Environment([counting(2)]).save()
+    environment = Environment("CartPole-v1", 2, seed=0)
+    environment.reset()
+    with pytest.raises(ValueError, match="`state` must be of 3 rows; got 2"):
+        Environment("CartPole-v1", 3).restore(environment.save())
 
 
 def test_a_step_before_the_first_reset_is_refused():

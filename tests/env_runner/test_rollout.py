@@ -10,8 +10,11 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, flatdim
 from gymnasium.vector import SyncVectorEnv, VectorWrapper
 from gymnasium.wrappers import TransformObservation
 from gymnasium.wrappers.vector import NormalizeReward
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from ssmrl.env_runner import (
     Environment,
@@ -19,6 +22,10 @@ from ssmrl.env_runner import (
     Trajectory,
     action_features,
     derive_seed,
+    normal_noise,
+    pack_valid,
+    per_task,
+    policy_inputs,
     random_policy,
     rollout,
 )
@@ -38,7 +45,7 @@ def torque(observation: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tenso
     """Push Pendulum with a leaky sum of what was observed in this episode."""
     total = torch.zeros_like(observation) if hidden_state is None else hidden_state
     total = 0.5 * torch.where(reset[:, None], 0.0, total) + observation
-    return total.sum(dim=1, keepdim=True), total
+    return torch.tanh(total.sum(dim=1, keepdim=True)), total
 
 
 def two_rows(counting: Any, mode: str) -> Environment:
@@ -187,7 +194,7 @@ def test_progress_counts_the_steps(counting):
 
 
 def test_nothing_is_recorded_for_a_gradient():
-    weight = torch.ones(3, 1, requires_grad=True)
+    weight = torch.full((3, 1), 0.1, requires_grad=True)
 
     def policy(observation, hidden_state, reset):
         return observation @ weight, observation @ weight
@@ -195,6 +202,169 @@ def test_nothing_is_recorded_for_a_gradient():
     trajectory, carry = rollout(policy, Environment("Pendulum-v1", seed=0), 3)
     assert not any(leaf.requires_grad for leaf in trajectory)
     assert not carry.hidden_state.requires_grad
+
+
+# What the policy is shown of the past, and what it keeps
+
+
+SCRIPTS = st.lists(
+    st.lists(st.integers(1, 4) | st.integers(-4, -1), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3
+)
+
+
+def leaky(params: Tensor, x: Tensor, total: Any, reset: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Act on a leaky sum of all that was seen since the last reset, with noise; elementwise, so exact for any batch."""
+    total = x.new_zeros(x.shape) if total is None else total
+    total = 0.5 * torch.where(reset[:, None], 0.0, total) + x
+    return torch.tanh(params * total[:, 1:3]) + noise, total
+
+
+def noisy(num_rows: int) -> Any:
+    """A policy with a state, noise of each row, and a parameter for each row as its own task."""
+    return per_task(leaky, torch.linspace(-1, 1, num_rows + 2)[1:-1].double(), noise=normal_noise(5, 2))
+
+
+def scripted_rollout(scripted: Any, scripts: Any, mode: str, num_steps: int, **options: Any) -> Any:
+    environment = Environment([scripted(lengths) for lengths in scripts], autoreset_mode=mode)
+    return rollout(noisy(len(scripts)), environment, num_steps, dtype=torch.float64, **options)
+
+
+def test_the_previous_step_is_shown_and_only_a_trial_forgets(counting):
+    """Row 0 has episodes of 2 steps and trials of 2 episodes: all inputs by hand."""
+    x, o = True, False
+    first = [  # observation, one-hot previous action, previous reward, end flag
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 10, 0],
+        [1, 0, 0, 1, 0, 21, 1],
+        [1, 1, 0, 0, 1, 12, 0],
+        [2, 0, 0, 0, 0, 0, 0],
+        [2, 1, 1, 0, 0, 10, 0],
+    ]
+    inserted = {2: [0, 2, 0, 1, 0, 21, 1], 4: [1, 2, 1, 0, 0, 20, 1]}
+    for mode in MODES:
+        told: list[Tensor] = []
+
+        def policy(observation, hidden_state, reset, tell=told.append):
+            tell(observation)
+            return counting_policy(observation, hidden_state, reset)
+
+        trajectory, _ = rollout(policy, two_rows(counting, mode), 8, previous=True, episodes_per_trial=2)
+        row = valid_steps(trajectory, 0)
+        assert row.reset.tolist()[:6] == [x, o, o, o, x, o]
+        assert row.action.tolist()[:6] == [0, 1, 2, 0, 0, 1]
+        assert row.terminated.tolist()[:6] == [o, x, o, x, o, x]
+        assert row.observation.tolist()[:6] == [line[:2] for line in first]
+        seen = torch.stack(told, dim=1)[0]
+        assert seen[trajectory.valid[0]].tolist()[:6] == first
+        second = torch.stack(told, dim=1)[1][trajectory.valid[1]]
+        assert second[:5, -1].tolist() == [0, 0, 0, 1, 0]  # Row 1 is truncated after 3 steps.
+        if mode == "NextStep":
+            assert seen[~trajectory.valid[0]].tolist() == list(inserted.values())
+            assert not trajectory.reset[~trajectory.valid].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCRIPTS, st.sampled_from(MODES), st.integers(2, 12), st.integers(1, 3), st.booleans(), st.data())
+def test_two_rollouts_are_one_for_everything_that_is_carried(scripted, scripts, mode, num_steps, trial, previous, data):
+    options = {"previous": previous, "episodes_per_trial": trial}
+    split = data.draw(st.integers(1, num_steps - 1))
+    whole, end = scripted_rollout(scripted, scripts, mode, num_steps, **options)
+    environment = Environment([scripted(lengths) for lengths in scripts], autoreset_mode=mode)
+    policy = noisy(len(scripts))
+    first, carry = rollout(policy, environment, split, dtype=torch.float64, **options)
+    second, last = rollout(policy, environment, num_steps - split, carry=carry, dtype=torch.float64, **options)
+    for a, b, c in zip(whole, first, second, strict=True):
+        assert_equal(a, torch.cat([b, c], dim=1))
+    for a, b in zip(tree_leaves(end), tree_leaves(last), strict=True):
+        assert_equal(a, b)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCRIPTS, st.integers(1, 14), st.integers(1, 3), st.booleans())
+def test_every_mode_gives_the_same_valid_steps_to_a_policy_that_remembers(
+    scripted, scripts, num_steps, trial, previous
+):
+    options = {"previous": previous, "episodes_per_trial": trial}
+    runs = [scripted_rollout(scripted, scripts, mode, num_steps, **options)[0] for mode in MODES]
+    for row in range(len(scripts)):
+        expected = valid_steps(runs[0], row)
+        for run in runs[1:]:
+            assert run.valid.all()
+            for a, b in zip(run, expected, strict=True):
+                assert_equal(a[row][: len(b)], b)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCRIPTS, SCRIPTS, st.sampled_from(MODES), st.integers(1, 3), st.data())
+def test_what_happens_in_other_rows_changes_nothing_in_a_row(scripted, scripts, others, mode, trial, data):
+    row = data.draw(st.integers(0, len(scripts) - 1))
+    changed = [script if i == row else others[i % len(others)] for i, script in enumerate(scripts)]
+    options = {"previous": True, "episodes_per_trial": trial}
+    trajectory, carry = scripted_rollout(scripted, scripts, mode, 11, **options)
+    beside, beside_carry = scripted_rollout(scripted, changed, mode, 11, **options)
+    for a, b in zip(tree_leaves((trajectory, carry)), tree_leaves((beside, beside_carry)), strict=True):
+        assert_equal(a[row], b[row])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCRIPTS, st.sampled_from(MODES), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+def test_policy_inputs_are_what_the_policy_saw(scripted, scripts, mode, trial, before, after):
+    environment = Environment([scripted(lengths) for lengths in scripts], autoreset_mode=mode)
+    spaces = environment.single_observation_space, environment.single_action_space
+    told: list[Tensor] = []
+
+    def policy(observation, hidden_state, reset):
+        told.append(observation)
+        return noisy(len(scripts))(observation, hidden_state, reset)
+
+    options: dict[str, Any] = {"previous": True, "episodes_per_trial": trial, "dtype": torch.float64}
+    first, carry = rollout(policy, environment, before, **options)
+    second, _ = rollout(policy, environment, after, carry=carry, **options)
+    seen = torch.stack(told, dim=1)
+    assert seen.shape[2] == 3 + 2 + 2
+    assert_equal(policy_inputs(first, *spaces), seen[:, :before])
+    assert_equal(policy_inputs(second, *spaces, carry=carry), seen[:, before:])
+    packed = policy_inputs(pack_valid(first), *spaces)
+    for row, valid in enumerate(first.valid):
+        assert_equal(packed[row, : valid.sum()], seen[row, :before][valid])
+
+
+def test_a_state_without_the_rows_in_front_is_left_as_the_policy_returned_it(counting):
+    """Only NEXT_STEP inserts steps; a counter that all rows share, and a list, go on through them."""
+
+    def policy(observation, hidden_state, reset):
+        state = (torch.zeros(()), torch.zeros(2), []) if hidden_state is None else hidden_state
+        shared, own, kept = state
+        return torch.zeros(2, dtype=torch.int64), (shared + 1, own + 1, [*kept, None])
+
+    _, carry = rollout(policy, two_rows(counting, "NextStep"), 7)
+    shared, own, kept = carry.hidden_state
+    assert (shared.item(), own.tolist(), len(kept)) == (7, [7, 7], 7)  # The list grows: another structure.
+
+    def steady(observation, hidden_state, reset):
+        shared, own = (torch.zeros(()), torch.zeros(2)) if hidden_state is None else hidden_state
+        return torch.zeros(2, dtype=torch.int64), (shared + 1, own + 1)
+
+    _, carry = rollout(steady, two_rows(counting, "NextStep"), 7)
+    shared, own = carry.hidden_state
+    assert (shared.item(), own.tolist()) == (7, [5, 6])
+
+
+def test_discrete_observations_are_one_hot_beside_the_previous_step(counting):
+    def clock() -> gymnasium.Env[Any, Any]:
+        return TransformObservation(counting(3)(), lambda seen: np.int64(seen[1]), Discrete(5))
+
+    widths = set()
+
+    def policy(observation, hidden_state, reset):
+        widths.add((observation.shape, observation.dtype))
+        return counting_policy(observation, hidden_state, reset)
+
+    environment = Environment(clock, 2, autoreset_mode="SameStep")
+    trajectory, _ = rollout(policy, environment, 4, previous=True)
+    assert widths == {((2, 5 + 3 + 2), torch.float32)}
+    inputs = policy_inputs(trajectory, Discrete(5), Discrete(3))
+    assert inputs[0, :, :5].argmax(dim=1).tolist() == trajectory.observation[0].tolist() == [0, 1, 2, 0]
 
 
 # Values and types
@@ -430,6 +600,11 @@ def test_bad_arguments_of_rollout_are_refused(counting):
     for extra in extras:
         with pytest.raises(ValueError, match="`carry` already holds"):
             rollout(counting_policy, environment, 1, carry=carry, **extra)
+    with pytest.raises(ValueError, match="`episodes_per_trial` must be at least 1; got 0"):
+        rollout(counting_policy, environment, 1, episodes_per_trial=0)
+    second, _ = rollout(counting_policy, environment, 1, carry=carry)
+    with pytest.raises(ValueError, match=r"`carry` must be .* row 0 begins in the middle of a trial; got None"):
+        policy_inputs(second, environment.single_observation_space, environment.single_action_space)
     row = RolloutCarry(*(leaf[:1] for leaf in carry))
     with pytest.raises(ValueError, match="from an environment of 2 rows; got 1"):
         rollout(counting_policy, environment, 1, carry=row)

@@ -14,6 +14,7 @@ from ssmrl.env_runner import (
     Trajectory,
     Windows,
     cut_windows,
+    policy_inputs,
     random_policy,
     rollout,
     split_support_query,
@@ -131,6 +132,34 @@ def test_windows_are_valid_disjoint_and_within_one_episode(trajectory, length):
     assert (data.observation[..., 0] == row[:, None]).all()
     steps = data.observation.reshape(-1, 2)
     assert len(steps) == len(steps.unique(dim=0))
+
+
+def test_no_window_crosses_an_end_within_a_trial(counting):
+    """With trials of 3 episodes `reset` is rare; the ends still cut, as in the same rollout without trials."""
+
+    def policy(observation, hidden_state, reset):
+        return torch.zeros(2, dtype=torch.int64), None
+
+    for mode in ("NextStep", "SameStep", "Disabled"):
+        cut = []
+        for trial in (1, 3):
+            environment = Environment([counting(4), counting(3, "truncated")], autoreset_mode=mode)
+            trajectory, _ = rollout(policy, environment, 17, episodes_per_trial=trial)
+            cut.append(cut_windows(trajectory, 2))
+        plain, trials = cut
+        assert (trials.data.observation[..., 0].diff(dim=1) == 0).all()
+        assert_close(trials.data.observation, plain.data.observation, rtol=0, atol=0)
+        assert 0 < trials.data.reset.sum() < plain.data.reset.sum()
+
+
+def test_inputs_of_a_policy_that_saw_the_previous_step_are_cut_with_the_rest():
+    environment = Environment("Pendulum-v1", 2, max_episode_steps=5, seed=0)
+    trajectory, _ = rollout(random_policy(environment.single_action_space, 0), environment, 11, previous=True)
+    inputs = policy_inputs(trajectory, environment.single_observation_space, environment.single_action_space)
+    windows = cut_windows(trajectory._replace(observation=inputs), 4)
+    assert windows.data.observation.shape == (4, 4, 3 + 1 + 2)
+    assert_close(windows.data.observation[:, 1:, 3], windows.data.action[:, :-1, 0], rtol=0, atol=0)
+    assert_close(windows.data.observation[:, 1:, 4], windows.data.reward[:, :-1], rtol=0, atol=0)
 
 
 # Splitting

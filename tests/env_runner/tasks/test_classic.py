@@ -10,7 +10,7 @@ import pytest
 from gymnasium.vector import SyncVectorEnv
 
 from ssmrl.env_runner import Environment
-from ssmrl.env_runner.tasks import NOMINAL_PHYSICS, make_with_physics, sample_physics
+from ssmrl.env_runner.tasks import NOMINAL_PHYSICS, classic_physics, make_with_physics, sample_physics, task_family
 
 ENV_IDS = [*NOMINAL_PHYSICS]
 
@@ -291,3 +291,53 @@ def test_an_unsupported_environment_is_refused():
 def test_bad_settings_of_the_distribution_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         sample_physics("Pendulum-v1", **arguments)
+
+
+# Families
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_a_family_draws_as_sample_physics_does(env_id):
+    family = classic_physics(env_id, base=2.0, spread=1.5)
+    nominal = NOMINAL_PHYSICS[env_id]
+    exponents = np.log2([[task[n] / nominal[n] for n in nominal] for task in family.sample(1000, seed=0)])
+    assert 1.49 < np.abs(exponents).max() <= 1.5
+    np.testing.assert_allclose(exponents.mean(axis=0), 0, atol=4 * 0.75**0.5 / 1000**0.5)
+    assert family.draw(np.random.default_rng(3), "train") == sample_physics(env_id, 3, base=2.0, spread=1.5)
+
+
+@pytest.mark.parametrize(("env_id", "horizon"), [("CartPole-v1", 500), ("Pendulum-v1", 200)])
+def test_a_familys_defaults_are_the_published_scheme(env_id, horizon):
+    family = task_family(f"{env_id.split('-')[0].lower()}-physics")
+    assert (family.env_id, family.horizon) == (f"ssmrl/{env_id}", horizon)
+    assert family.draw(np.random.default_rng(3), "train") == sample_physics(env_id, 3, spread=3.0)
+    assert task_family("pendulum-physics", horizon=7).horizon == 7
+
+
+def test_knowing_the_physics_cartpole_reaches_its_bound():
+    family = task_family("cartpole-physics")
+    tasks = family.sample(100, seed=0, split="test")
+    environment = Environment(family, tasks=tasks, seed=0, autoreset_mode="Disabled")
+    g, half = (np.array([task[name] for task in tasks]) for name in ("gravity", "length"))
+    observation, _ = environment.reset()
+    total, alive = np.zeros(100), np.ones(100, np.bool_)
+    for _ in range(500):
+        x, v, angle, omega = observation.T
+        # Hold the pole at an angle that leads back to the middle, in units of its own time.
+        time = np.sqrt(4 / 3 * half / g)
+        push = angle + 0.03 * x + 0.06 * v + 1.2 * time * omega > 0
+        observation, reward, terminated, truncated, _ = environment.step(push.astype(np.int64))
+        total += np.where(alive, reward, 0.0)
+        alive &= ~terminated
+        if (terminated | truncated).any():
+            environment.reset(options={"reset_mask": terminated | truncated})
+    assert family.oracle_return == total.mean() == 500
+
+
+def test_bad_settings_of_a_family_are_refused():
+    with pytest.raises(ValueError, match=r"must be one of \['CartPole-v1', 'Pendulum-v1'\]; got 'Acrobot-v1'"):
+        classic_physics("Acrobot-v1")
+    with pytest.raises(ValueError, match=r"`base` must be positive and finite; got 0\.0"):
+        classic_physics("CartPole-v1", base=0.0)
+    with pytest.raises(ValueError, match=r"`spread` must be at least 0 and finite; got -1\.0"):
+        classic_physics("CartPole-v1", spread=-1.0)

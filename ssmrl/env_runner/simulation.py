@@ -1,0 +1,73 @@
+"""What a native batch of environments computes: one simulation of B rows, each with a task of its own.
+
+Letters: B rows, D features of an observation, A action components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from gymnasium import Space
+from numpy.typing import NDArray
+
+__all__ = ["Rows", "Simulation", "State", "Task", "Transition", "UnstableSimulationError"]
+
+Task = Mapping[str, Any]
+"""A task: arguments of an environment's constructor by name; numbers, or tuples of numbers."""
+
+Rows = NDArray[np.bool_]
+"""Bool (B,) which rows."""
+
+State = dict[str, Any]
+"""What a simulation or an environment is at an instant: arrays, and JSON's numbers, strings, lists and dicts."""
+
+
+class Transition(NamedTuple):
+    """What a step of every row gave; of a row that did not step, anything."""
+
+    reward: NDArray[np.float64]
+    """(B,)."""
+    terminated: Rows
+    """(B,)."""
+    info: dict[str, NDArray[Any]]
+    """Name -> (B, ...), as the single environment's info has it."""
+
+
+class Simulation(Protocol):
+    """B rows of one kind of environment. It knows nothing of episodes, seeds and limits: its caller does."""
+
+    tasks: list[Task]
+    """Of every row."""
+    single_observation_space: Space[Any]
+    single_action_space: Space[Any]
+    metadata: dict[str, Any]
+
+    def begin(
+        self, rows: NDArray[np.intp], generators: Sequence[np.random.Generator], options: Mapping[str, Any]
+    ) -> dict[str, NDArray[Any]]:
+        """Begin an episode in these rows, each with draws from its own generator; return their info, (rows, ...)."""
+
+    def advance(self, actions: NDArray[Any], rows: Rows | None) -> Transition:
+        """Make a step of these rows, None: of all; the others stay as they are, and their actions are ignored.
+
+        Raises:
+            UnstableSimulationError: a row's state is not finite any more.
+        """
+
+    def observe(self) -> NDArray[Any]:
+        """Return the observations (B, D), a new array."""
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """Give every row another task; what it is in the middle of goes on under it."""
+
+    def save(self) -> State:
+        """Return copies of everything that the future depends on, the tasks apart."""
+
+    def restore(self, state: State) -> None:
+        """Be what `save` saw, bit for bit."""
+
+
+class UnstableSimulationError(RuntimeError):
+    """A simulation left what its physics can be computed for."""
