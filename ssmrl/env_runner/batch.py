@@ -150,8 +150,7 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         _merge(info, step_info, present)
         if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
             info = _of_last_steps(info, ended, observation)
-            begun = self._begin(ended, {})
-            _merge(info, {k: v for k, v in begun.items() if not k.startswith("_")}, ended)
+            _merge(info, self._begin(ended, {}), ended)
             observation = self.simulation.observe()
         else:
             self._ended = ended
@@ -194,20 +193,25 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
 def _merge(info: dict[str, Any], new: Mapping[str, Any], rows: NDArray[np.bool_], *, compact: bool = False) -> None:
     """Put values of these rows into a vector info, as Gymnasium does: zeros elsewhere, and `_name` says which rows.
 
-    `compact`: the values are of those rows only, else of all.
+    Where `new` has a `_name` itself, only those of the rows have the value. `compact`: the values are of the rows only,
+    else of all.
     """
-    every = bool(rows.all())
     for name, value in new.items():
+        if name.startswith("_"):
+            continue
+        held = rows & new["_" + name] if "_" + name in new else rows
+        if not held.any():
+            continue
         if isinstance(value, Mapping):
-            _merge(info.setdefault(name, {}), value, rows, compact=compact)
-        elif every:
+            _merge(info.setdefault(name, {}), value, held, compact=compact)
+        elif held.all():
             info[name] = value
         else:
             if name not in info:
-                info[name] = np.zeros((len(rows), *value.shape[1:]), value.dtype)
-            info[name][rows] = value if compact else value[rows]
+                info[name] = np.zeros((len(held), *value.shape[1:]), value.dtype)
+            info[name][held] = value if compact else value[held]
         mask = info.get("_" + name)
-        info["_" + name] = rows.copy() if mask is None else mask | rows
+        info["_" + name] = held.copy() if mask is None else mask | held
 
 
 def _of_last_steps(info: dict[str, Any], ended: NDArray[np.bool_], observation: NDArray[Any]) -> dict[str, Any]:
@@ -217,9 +221,7 @@ def _of_last_steps(info: dict[str, Any], ended: NDArray[np.bool_], observation: 
         final_obs[row] = observation[row]
     result: dict[str, Any] = {"final_obs": final_obs, "_final_obs": ended.copy()}
     final: dict[str, Any] = {}
-    values = {name: value for name, value in info.items() if not name.startswith("_")}
-    _merge(final, values, ended)
+    _merge(final, info, ended)
     result["final_info"], result["_final_info"] = final, ended.copy()
-    if not ended.all():
-        _merge(result, values, ~ended)
+    _merge(result, info, ~ended)
     return result

@@ -6,6 +6,7 @@ The moments are held fixed while a batch is collected and updated from it afterw
 
     def policy_fn(params, observation, hidden_state, reset, noise):
         return actor(params, normalize(moments, observation)), hidden_state
+
     moments = update_moments(moments, trajectory.observation, trajectory.valid)
 
 So a row's actions depend on nothing that happens in other rows, and what the policy saw is known afterwards. All

@@ -89,4 +89,8 @@ class OneRowEnv(gymnasium.Env[Any, Any]):
 
 def _first(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the info of row 0."""
-    return {name: _first(value) if isinstance(value, Mapping) else value[0] for name, value in info.items()}
+    return {
+        name: _first(value) if isinstance(value, Mapping) else value[0]
+        for name, value in info.items()
+        if not name.startswith("_")
+    }

@@ -32,7 +32,7 @@ class Transition(NamedTuple):
     terminated: Rows
     """(B,)."""
     info: dict[str, NDArray[Any]]
-    """Name -> (B, ...), as the single environment's info has it."""
+    """Name -> (B, ...), as the single environment's info has it; and `_name`, Bool (B,), where not all rows have it."""
 
 
 class Simulation(Protocol):

@@ -47,7 +47,7 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class Velocity:
-    """- |v_x - v*|: run at the velocity v* in m/s."""
+    """-abs(v_x - velocity): run at that velocity in m/s."""
 
     names = ("velocity",)
 

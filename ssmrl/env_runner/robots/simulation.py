@@ -28,9 +28,10 @@ class RobotSimulation:
     """B rows of a `RobotEnv` on `mujoco.batch`, equal to B of them bit for bit.
 
     Args:
-        env_id, reward, changes_per_episode, frame_skip, **settings: as `RobotEnv` has them, for all rows.
+        env_id, reward, changes_per_episode, frame_skip: as `RobotEnv` has them, for all rows.
         tasks: one per row.
         num_threads: that the rows are stepped on. None: one per CPU.
+        settings: of Gymnasium's class.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class RobotSimulation:
         if len(changed):
             self._apply(changed)
             info["task"] = {name: value.copy() for name, value in self._shown.items()}
+            info["_task"] = np.isin(np.arange(len(self.tasks)), changed)
         return Transition(reward, terminated, info)
 
     def observe(self) -> NDArray[Any]:

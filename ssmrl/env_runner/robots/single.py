@@ -39,7 +39,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
             `{n: parameters}` that hold once n steps have been made.
         changes_per_episode: count n from the start of each episode, instead of over the life of the environment.
         frame_skip: simulation steps of one step. None: Gymnasium's.
-        render_mode, **settings: of Gymnasium's class.
+        settings: of Gymnasium's class, `render_mode` among them.
 
     The info of `reset`, and of the first step after a change, has the task under `"task"`.
 

@@ -83,8 +83,7 @@ class ArraySimulation:
 
     Args:
         tasks: one per row: values of the parameters of `dynamics`, and `changes`: `{n: values}` that hold once n
-        steps have
-            been made.
+            steps have been made.
         changes_per_episode: count n from the start of each episode, instead of over the life of the row.
     """
 
@@ -132,6 +131,7 @@ class ArraySimulation:
         if len(changed):
             self._derived = self.dynamics.derive(self._parameters.values)
             info["task"] = self._parameters.report(slice(None))
+            info["_task"] = np.isin(np.arange(len(self.tasks)), changed)
         return Transition(step.reward, step.terminated, info)
 
     def observe(self) -> NDArray[Any]:

@@ -28,9 +28,8 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
 
     Args:
         env_id: "CartPole-v1" or "Pendulum-v1".
-        task: values of the parameters, those not given nominal, and `changes`: `{n: values}` that hold once n steps
-        have been
-            made.
+        task: values of the parameters, those not given nominal, and `changes`: `{n: values}` that hold once n
+            steps have been made.
         changes_per_episode: count n from the start of each episode, instead of over the life of the environment.
         render_mode, **settings: of Gymnasium's class.
 

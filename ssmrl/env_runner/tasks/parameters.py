@@ -53,9 +53,8 @@ class Parameters:
         values: name -> float64 (B, ...): what holds for the next step.
 
     Raises:
-        ValueError, TypeError: a name is unknown or a value is not of its parameter's domain. The message names the
-        row where
-            there are several.
+        ValueError, TypeError: a name is unknown or a value is not of its parameter's domain. The message names
+            the row where there are several.
     """
 
     def __init__(self, known: Mapping[str, Parameter], tasks: Sequence[Task], *, per_episode: bool = False) -> None:

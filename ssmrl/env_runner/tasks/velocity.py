@@ -1,6 +1,6 @@
 """Run at a velocity: HalfCheetah, Ant and Walker2d.
 
-r = bonus - |v_x - v*| - control_cost · ‖a‖² - contact_cost · ‖f‖²
+r = bonus - abs(v_x - target) - control_cost · ‖a‖² - contact_cost · ‖f‖²
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def halfcheetah_velocity(
     frame_skip: int | None = None,
     control_cost: float = 0.05,
 ) -> TaskFamily:
-    """HalfCheetah at v* ~ U[low, high] m/s: r = -|v_x - v*| - control_cost · ‖a‖².
+    """HalfCheetah at a velocity ~ U[low, high] m/s: r = -abs(v_x - target) - control_cost · ‖a‖².
 
     The defaults are those of PEARL (Rakelly et al. 2019, https://github.com/katerakelly/oyster), of VariBAD and,
-    its horizon of 100 apart, of ProMP. MAML (Finn et al. 2017) has v* ~ U[0, 2] and a frame skip of 1.
+    its horizon of 100 apart, of ProMP. MAML (Finn et al. 2017) has U[0, 2] and a frame skip of 1.
     """
     weights = {"control_cost": control_cost}
     return _family("HalfCheetah", "PEARL", low, high, version, horizon, frame_skip, 0.0, weights)
@@ -45,7 +45,7 @@ def ant_velocity(
     contact_cost: float = 0.0005,
     bonus: float = 1.05,
 ) -> TaskFamily:
-    """Ant at v* ~ U[low, high] m/s, bonus 1 + 0.05; an episode ends where the torso is not between 0.2 and 1 m high.
+    """Ant at a velocity ~ U[low, high] m/s, bonus 1 + 0.05; it ends where the torso is not between 0.2 and 1 m high.
 
     The formula is MAML's (Finn et al. 2017, https://github.com/cbfinn/maml_rl), whose controls are 150 times ours
     and divided by that in the cost; its frame skip is 1 at a simulation step of 0.02 s, Gymnasium's 5 at 0.01 s.
@@ -64,7 +64,7 @@ def walker2d_velocity(
     control_cost: float = 0.001,
     bonus: float = 15.0,
 ) -> TaskFamily:
-    """Walker2d at v* ~ U[low, high] m/s, bonus 15; an episode ends where Gymnasium's does.
+    """Walker2d at a velocity ~ U[low, high] m/s, bonus 15; an episode ends where Gymnasium's does.
 
     The definition is ProMP's (Rothfuss et al. 2019, https://github.com/jonasrothfuss/ProMP), frame skip 8 included.
     """
