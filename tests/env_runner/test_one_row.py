@@ -139,12 +139,12 @@ def test_frames_are_those_of_the_simulation():
 
 def test_videos_can_be_recorded(tmp_path):
     pytest.importorskip("moviepy")
-    env = RecordVideo(make(render_mode="rgb_array"), str(tmp_path), episode_trigger=lambda episode: True)
+    env = RecordVideo(make(render_mode="rgb_array"), str(tmp_path / "videos"), episode_trigger=lambda episode: True)
     env.reset(seed=0)
     for _ in range(3):
         env.step(1)
     env.close()
-    assert len([*tmp_path.glob("*.mp4")]) == 1
+    assert len([*(tmp_path / "videos").glob("*.mp4")]) == 1
 
 
 def test_a_simulation_that_is_not_drawn_has_no_render_modes():

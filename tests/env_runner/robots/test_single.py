@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import deque
 from typing import Any
 
@@ -143,3 +146,34 @@ def test_nothing_is_written_into_the_working_directory_and_warnings_are_logged(t
         RobotEnv("HalfCheetah-v5")
     assert list(tmp_path.iterdir()) == []
     assert any("settotalmass" in record.message for record in caplog.records)
+
+
+def test_videos_can_be_recorded(tmp_path):
+    """In a process of its own: how MuJoCo draws without a screen is decided when it is imported."""
+    pytest.importorskip("moviepy")
+    code = """
+import sys
+import gymnasium
+from gymnasium.wrappers import RecordVideo
+import ssmrl.env_runner
+env = gymnasium.make("ssmrl/HalfCheetahVel-v5", velocity=2.0, render_mode="rgb_array")
+env.reset(seed=0)
+try:
+    env.render()
+except Exception as error:
+    sys.exit(f"cannot draw: {error}")
+env = RecordVideo(env, "videos", episode_trigger=lambda episode: True)
+env.reset(seed=0)
+for _ in range(3):
+    env.step(env.action_space.sample())
+env.close()
+"""
+    environment = {**os.environ, "MUJOCO_GL": "egl", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    if "cannot draw" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    assert video.stat().st_size > 1000
