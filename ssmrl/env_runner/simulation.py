@@ -38,11 +38,21 @@ class Transition(NamedTuple):
 class Simulation(Protocol):
     """B rows of one kind of environment. It knows nothing of episodes, seeds and limits: its caller does."""
 
-    tasks: list[Task]
-    """Of every row."""
-    single_observation_space: Space[Any]
-    single_action_space: Space[Any]
-    metadata: dict[str, Any]
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """Of every row."""
+
+    @property
+    def single_observation_space(self) -> Space[Any]:
+        """Of a row."""
+
+    @property
+    def single_action_space(self) -> Space[Any]:
+        """Of a row."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """As Gymnasium's environments have it."""
 
     def begin(
         self, rows: NDArray[np.intp], generators: Sequence[np.random.Generator], options: Mapping[str, Any]
