@@ -16,7 +16,7 @@ from torch.func import grad_and_value
 from torchopt import pytree
 from torchopt.base import GradientTransformation
 
-from ssmrl.adaptation.optim import check_num_steps, check_optimizer, differentiable_update
+from ssmrl.adaptation.optim import check_num_steps, check_optimizer
 from ssmrl.adaptation.recompute import (
     a_transform_is_active,
     autograd_gradient,
@@ -24,6 +24,7 @@ from ssmrl.adaptation.recompute import (
     recomputed,
     refuse_captured,
 )
+from ssmrl.adaptation.updates import differentiable_update, plain_update
 
 __all__ = ["Adapted", "adapt"]
 
@@ -87,7 +88,7 @@ def adapt(
     differentiated = torch.is_grad_enabled() or torch.is_inference_mode_enabled() or a_transform_is_active()
     plain = grad_and_value(loss_fn) if differentiated else _gradient_and_value_alone(loss_fn)
     gradient_of = mixed_mode_grad_and_value(loss_fn) if mixed_mode else plain
-    update = differentiable_update(optimizer, differentiated=differentiated)
+    update = differentiable_update(optimizer) if differentiated else plain_update(optimizer)
 
     # Without a gradient before them, mixed mode and recomputation start the optimizer's state outside what they wrap.
     ahead = mixed_mode or recompute is not None
@@ -101,7 +102,7 @@ def adapt(
         if first_order:
             gradient = pytree.tree_map(Tensor.detach, gradient)
         if first and not ahead:
-            state = _start(optimizer, gradient, state)
+            state = _start(optimizer, gradient, state) if differentiated or fresh else _copy(state)
         updates, state = update(gradient, state, params, first=first and fresh)
         return torchopt.apply_updates(params, updates, inplace=False), state, loss
 
@@ -178,6 +179,11 @@ def _start(optimizer: GradientTransformation, like: Any, carried: Any) -> Any:
     if mapped:
         fresh = optimizer.init(_with_axes_of(mapped, like))
     return fresh if carried is None else pytree.tree_map(_batch_like, carried, fresh)
+
+
+def _copy(state: Any) -> Any:
+    """A carried state that `plain_update` may use up."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, state)
 
 
 def _batch_like(carried: Any, fresh: Any) -> Any:

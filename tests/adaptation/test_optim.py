@@ -27,12 +27,12 @@ from ssmrl.adaptation.optim import (
     check_optimizer,
     check_positive,
     check_rate,
-    differentiable_update,
     sgd_unless_given,
     treats_elements_alike,
     with_first_call,
     with_tensor_counts,
 )
+from ssmrl.adaptation.updates import differentiable_update
 
 f64 = partial(torch.tensor, dtype=torch.float64)
 NAMES = {"name": "inner_optimizer", "rate_name": "inner_lr"}

@@ -27,6 +27,7 @@ from ssmrl.adaptation import (
 )
 from ssmrl.adaptation.live import LiveModel
 from ssmrl.adaptation.losses import mse_loss
+from ssmrl.adaptation.stream import begin, update
 from ssmrl.adaptation.tree import tree_leaves
 
 D, O, S, B = 3, 2, 4, 2  # noqa: E741
@@ -573,3 +574,14 @@ def test_a_reset_forgets_the_state_that_is_given():
     theirs = Adapter(twin).update(xs[0], ys[0], torch.zeros_like(state))
     assert list(ours) == pytest.approx(list(theirs), rel=1e-12)
     assert Adapter(model).update(xs[0], ys[0], state, reset=False).loss != theirs.loss
+
+
+@torch.no_grad()
+def test_a_call_that_is_told_not_to_adapt_waits():
+    model, (xs, ys) = setting()
+    rules = LiveModel(model, AdaptationConfig(), "cpu", mse_loss, for_one=True).rules
+    data = xs[0], ys[0], model.init_hidden(B), ()
+    after, report = update(rules, begin(rules, *data), *data, adapting=False)
+    assert report.outcome == Outcome.WAITING
+    assert [int(count) for count in after.counts] == [1, 0, 1, 0, 0, 0]
+    assert torch.equal(after.params, rules.anchor)

@@ -476,6 +476,23 @@ def test_targets_that_are_not_finite_are_refused(live):
         adapter.update_step(x, spoiled, h)
 
 
+@pytest.mark.parametrize("compile", ["trace", True])
+def test_a_compiled_adapter_refuses_what_is_not_finite_too(compile):
+    # A compiler may take 0 x for 0, and so lose NaN.
+    model, x, y, h = setting(rows=4)
+    before = weights(model)
+    adapter = Adapter(model, AdaptationConfig(num_steps=1), compile=compile)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoiled = x.clone()
+        spoiled[2, 1] = bad
+        with pytest.raises(ValueError, match=rf"x must be finite; got {bad} at index \(2, 1\)"):
+            adapter.update_step(spoiled, y, h)
+    with pytest.raises(FloatingPointError, match=r"Adaptation made 'loss' non-finite"):
+        adapter.update_step(x, y * 1e200, h)
+    assert same(weights(model), before)
+    assert adapter.counts is None
+
+
 def test_a_divergence_is_a_floating_point_error(live):
     adapter, x, y, h = live
     with pytest.raises(

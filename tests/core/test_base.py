@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -620,3 +621,133 @@ def test_no_steps_of_a_model_without_a_reset_are_legal():
 def test_functional_forward_refuses_a_reset_that_is_no_tensor():
     with pytest.raises(TypeError, match=r"reset must be a Bool tensor .*got bool"):
         functional_forward(_Sum(), {}, ROWS[:, 0], HELD, reset=True)  # type: ignore[arg-type]
+
+
+# What a functional call leaves behind.
+
+
+class _Tied(nn.Module):
+    """y = (x Aᵀ) Aᵀ ∘ 2c, with one weight in two places, and one buffer in two."""
+
+    factor: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(D, D, bias=False)
+        self.second = nn.Linear(D, D, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("factor", torch.ones(D))
+        self.second.register_buffer("same", self.factor)
+
+    def forward(self, x):
+        self.factor.mul_(2)
+        return self.second(self.first(x)) * self.second.same
+
+
+class _Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def held(model):
+    """All tensors that the modules of a model hold, as the objects they are, and their values."""
+    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, id(tensor), type(tensor), tensor.tolist()) for name, tensor in own]
+
+
+@pytest.mark.parametrize("make", [_Tied, _Twice, *MODELS.values(), lambda: nn.BatchNorm1d(D)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_functional_forward_leaves_every_tensor_of_the_model_in_its_place(make, fails):
+    model = make()
+    before = held(model)
+    params = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    if fails:
+        with pytest.raises(RuntimeError, match="after all"), _failing(model):
+            functional_forward(model, params, torch.randn(4, D))
+    else:
+        functional_forward(model, params, torch.randn(4, D))
+    assert held(model) == before
+
+
+@contextmanager
+def _failing(model):
+    """Its calls raise when they are done."""
+
+    def fail(*_):
+        raise RuntimeError("after all")
+
+    handle = model.register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_functional_forward_puts_a_tied_weight_in_all_its_places():
+    weight, x = torch.randn(D, D), torch.randn(4, D)
+
+    def output(w):
+        return functional_forward(_Tied(), {"first.weight": w}, x)[0]
+
+    close(output(weight), 2 * x @ weight.T @ weight.T)
+    expected = grad(lambda w: (2 * x @ w.T @ w.T).square().sum())(weight)
+    close(grad(lambda w: output(w).square().sum())(weight), expected, tolerance=1e-5)
+    with pytest.raises(ValueError, match=r"names of the model's parameters; got \['second.weight'\]"):
+        functional_forward(_Tied(), {"second.weight": weight}, x)
+
+
+def test_functional_forward_writes_to_no_buffer_that_it_is_given_and_differentiates_it():
+    model, factor = _Tied(), torch.full((D,), 3.0)
+    x = torch.randn(4, D)
+    y, _ = functional_forward(model, {"factor": factor}, x)
+    assert factor.tolist() == [3.0] * D
+    close(y, 6 * model(x) / 2)
+    gradient = grad(lambda f: functional_forward(_Tied(), {"factor": f}, x)[0].sum())(factor)
+    assert gradient.abs().min() > 0
+
+
+class _Counting(nn.Module):
+    """Holds how often it was called, in a buffer that it replaces."""
+
+    calls: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def init_hidden(self, batch_size=1):
+        return torch.zeros(batch_size, 1)
+
+    def forward(self, x, hidden_state):
+        self.calls = self.calls + 1
+        return x + self.calls, hidden_state
+
+
+def test_a_buffer_that_forward_replaces_goes_on_over_the_pieces_of_a_sequence_and_then_is_as_before():
+    model = _Counting()
+    y, _ = functional_forward(model, {}, torch.zeros(1, 5, 1), truncate=2)
+    assert y[0, :, 0].tolist() == [1.0, 1.0, 2.0, 2.0, 3.0]
+    assert model.calls == 0
+
+
+def test_functional_forward_runs_the_hooks_of_the_model_once():
+    model, seen = nn.Linear(D, O), []
+    model.register_forward_pre_hook(lambda m, args: seen.append(type(m.weight)))
+    functional_forward(model, {"weight": torch.zeros(O, D)}, torch.zeros(1, D))
+    assert seen == [torch.Tensor]
+
+
+def test_functional_forward_compiles_in_one_graph():
+    model = _Tied()
+    params = {"first.weight": torch.randn(D, D)}
+    x = torch.randn(4, D)
+    compiled = torch.compile(lambda p, x: functional_forward(model, p, x)[0], backend="eager", fullgraph=True)
+    before = held(model)
+    close(compiled(params, x), functional_forward(model, params, x)[0])
+    assert held(model) == before
