@@ -196,20 +196,27 @@ def _merge(info: dict[str, Any], new: Mapping[str, Any], rows: NDArray[np.bool_]
     Where `new` has a `_name` itself, only those of the rows have the value. `compact`: the values are of the rows only,
     else of all.
     """
+    of_rows = rows, rows.all(), rows.any()
     for name, value in new.items():
         if name.startswith("_"):
             continue
-        held = rows & new["_" + name] if "_" + name in new else rows
-        if not held.any():
+        held, every, some = of_rows
+        if "_" + name in new:
+            held = rows & new["_" + name]
+            every, some = held.all(), held.any()
+        if not some:
             continue
         if isinstance(value, Mapping):
             _merge(info.setdefault(name, {}), value, held, compact=compact)
-        elif held.all():
+        elif every:
             info[name] = value
         else:
             if name not in info:
                 info[name] = np.zeros((len(held), *value.shape[1:]), value.dtype)
-            info[name][held] = value if compact else value[held]
+            if compact:
+                info[name][held] = value
+            else:
+                np.copyto(info[name], value, where=held.reshape(-1, *[1] * (value.ndim - 1)))
         mask = info.get("_" + name)
         info["_" + name] = held.copy() if mask is None else mask | held
 

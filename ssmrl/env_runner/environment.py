@@ -244,7 +244,8 @@ class Environment(VectorWrapper):
             )
         actions = _check_actions(actions, self.single_action_space, self.num_envs, self._clip, self._tasks)
         result = self.env.step(actions)
-        self._check_observations(result[0])
+        if not self.is_native:  # a native simulation sees to it itself
+            self._check_observations(result[0])
         self._ended = np.logical_or(result[2], result[3])
         return result
 

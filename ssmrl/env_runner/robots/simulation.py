@@ -62,6 +62,7 @@ class RobotSimulation:
 
         cost = self._robot.contact_cost(self._settings) if reward is None else reward.contact_cost
         fields = self._robot.needs(self._settings, cost)
+        self._derived = bool(fields)
         # MuJoCo computes contact forces on request only, from what a row's simulation has at hand after a step.
         self._forces = "cfrc_ext" in fields
         self._batch = batch.Batch(self._model, len(tasks), num_threads or 0, persistent=self._forces)
@@ -99,14 +100,18 @@ class RobotSimulation:
         self._batch.warning[rows] = 0
         scale = self._settings["reset_noise_scale"]
         (init_qpos, init_qvel), data = self._init, self._data
-        for row in rows:
+        noise = np.empty((2, len(rows), len(init_qpos)))
+        for n, row in enumerate(rows.tolist()):
             generator = generators[row]
-            data.qpos[row] = init_qpos + generator.uniform(-scale, scale, len(init_qpos))
+            noise[0, n] = generator.uniform(-scale, scale, len(init_qpos))
             if self._robot.normal:
-                data.qvel[row] = init_qvel + scale * generator.standard_normal(len(init_qvel))
+                noise[1, n, : len(init_qvel)] = scale * generator.standard_normal(len(init_qvel))
             else:
-                data.qvel[row] = init_qvel + generator.uniform(-scale, scale, len(init_qvel))
-        self._batch.forward(rows)
+                noise[1, n, : len(init_qvel)] = generator.uniform(-scale, scale, len(init_qvel))
+        data.qpos[rows] = init_qpos + noise[0]
+        data.qvel[rows] = init_qvel + noise[1, :, : len(init_qvel)]
+        if self._derived:  # it changes nothing else: the warm start of the solver stays 0 until a step is made
+            self._batch.forward(rows)
         if self._forces:
             data.cfrc_ext[rows] = 0.0
         self._position[rows] = self._robot.position(data, self._settings)[rows]
@@ -121,7 +126,7 @@ class RobotSimulation:
         data = self._data
         data.ctrl[:] = actions
         self._batch.step(rows, nstep=self._frame_skip)
-        self._check_stable(rows)
+        self._check_stable()
         if self._forces:
             self._compute_forces(rows)
         motion = self._robot.motion(data, self._settings, self._position, actions, self._dt)
@@ -195,10 +200,8 @@ class RobotSimulation:
         shown = [report(self._current(row), self._model.nu, self._factors) for row in range(len(self.tasks))]
         self._shown = {name: np.stack(np.broadcast_arrays(*(s[name] for s in shown))) for name in shown[0]}
 
-    def _check_stable(self, rows: Rows | None) -> None:
+    def _check_stable(self) -> None:
         unstable = is_unstable(self._batch.warning[:, :, 1])
-        if rows is not None:
-            unstable &= rows
         if unstable.any():
             row = int(np.flatnonzero(unstable)[0])
             self._batch.warning[unstable] = 0

@@ -6,6 +6,7 @@ Letters: D features of an observation, A actuators.
 from __future__ import annotations
 
 import copy
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -182,12 +183,16 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
 def is_unstable(warnings: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Return in which rows MuJoCo found a state that is not finite, or huge; warnings (B, kinds) are its counters."""
+    unstable: NDArray[np.bool_] = warnings[:, _bad_kinds()].any(axis=1)
+    return unstable
+
+
+@cache
+def _bad_kinds() -> list[int]:
     import mujoco
 
     kinds = mujoco.mjtWarning
-    bad = [int(k) for k in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC, kinds.mjWARN_BADCTRL)]
-    unstable: NDArray[np.bool_] = np.any(warnings[:, bad] > 0, axis=1)
-    return unstable
+    return [int(k) for k in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC, kinds.mjWARN_BADCTRL)]
 
 
 class _Rows:
