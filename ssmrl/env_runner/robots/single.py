@@ -183,7 +183,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
 def is_unstable(warnings: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Return in which rows MuJoCo found a state that is not finite, or huge; warnings (B, kinds) are its counters."""
-    unstable: NDArray[np.bool_] = warnings[:, _bad_kinds()].any(axis=1)
+    unstable: NDArray[np.bool_] = np.any(warnings[:, _bad_kinds()], axis=1)
     return unstable
 
 
