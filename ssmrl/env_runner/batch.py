@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ssmrl.env_runner._checks import require_integer
-from ssmrl.env_runner.simulation import Simulation, State, Task
+from ssmrl.env_runner.simulation import Simulation, State, Task, UnstableSimulationError, check_tasks
 
 __all__ = ["BatchedEnv"]
 
@@ -31,6 +31,7 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         simulation: the rows.
         max_episode_steps: truncate after that many steps. None: never.
         autoreset_mode: as Gymnasium's vector environments have it.
+        defaults: parameters of every row's task that it does not give itself.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         *,
         max_episode_steps: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        defaults: Task | None = None,
     ) -> None:
         if max_episode_steps is not None:
             max_episode_steps = require_integer("max_episode_steps", max_episode_steps, 1)
         self.simulation = simulation
+        self._defaults = {} if defaults is None else dict(defaults)
+        self._failed = False
         self.num_envs = len(simulation.tasks)
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -60,18 +64,16 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
 
     @property
     def tasks(self) -> list[Task]:
-        """The task of every row."""
-        return [dict(task) for task in self.simulation.tasks]
+        """The task of every row, defaults included."""
+        return [*check_tasks(list(self.simulation.tasks))]
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every row another task: it needs a `reset` before the next `step` for its episodes to be of one task.
 
         Raises:
-            ValueError: there are not B of them, or one has a wrong name or value.
+            ValueError, TypeError: there are not B of them, or one has a wrong name or value. Nothing has changed then.
         """
-        if len(tasks) != self.num_envs:
-            raise ValueError(f"`tasks` must hold one task per row, {self.num_envs}; got {len(tasks)}.")
-        self.simulation.set_tasks(tasks)
+        self.simulation.set_tasks([{**self._defaults, **task} for task in check_tasks(tasks, self.num_envs)])
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -108,6 +110,8 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
                 if seeds[row] is not None:
                     self._generators[row] = seeding.np_random(seeds[row])[0]
         info = self._begin(rows, options)
+        if rows.all():
+            self._failed = False
         observation = self.simulation.observe()
         if not rows.all():
             observation[~rows] = self._observation[~rows]
@@ -127,6 +131,8 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         """
         if not self._generators:
             raise ValueError("`reset` must be called before the first `step`.")
+        if self._failed:
+            raise UnstableSimulationError("A row became unstable: reset all rows, or restore a state, before a step.")
         if self.autoreset_mode is AutoresetMode.DISABLED and self._ended.any():
             raise ValueError(f"Row {np.flatnonzero(self._ended)[0]} has ended and must be reset before it is stepped.")
         waiting = self._ended if self._ended.any() else None
@@ -135,7 +141,11 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         if waiting is not None:
             stepped = ~waiting
             info = self._begin(waiting, {})
-        reward, terminated, step_info = self.simulation.advance(np.asarray(actions), stepped)
+        try:
+            reward, terminated, step_info = self.simulation.advance(np.asarray(actions), stepped)
+        except UnstableSimulationError:
+            self._failed = True
+            raise
         if stepped is None:
             self._elapsed += 1
             present = np.ones(self.num_envs, np.bool_)
@@ -172,10 +182,11 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         """Be what `save` saw, bit for bit; the environment must have been made with the same arguments."""
         if len(state["elapsed"]) != self.num_envs:
             raise ValueError(f"`state` must be of {self.num_envs} rows; got {len(state['elapsed'])}.")
-        self.simulation.set_tasks(state["tasks"])
+        self.simulation.set_tasks(check_tasks(state["tasks"], self.num_envs))
         self.simulation.restore(state["simulation"])
         self._elapsed = np.array(state["elapsed"], np.int64)
         self._ended = np.array(state["ended"], np.bool_)
+        self._failed = False
         self._observation = np.array(state["observation"])
         self._generators = [np.random.Generator(np.random.PCG64(0)) for _ in state["generators"]]
         for generator, saved in zip(self._generators, state["generators"], strict=True):

@@ -6,7 +6,9 @@ Letters: B rows, that is environments that run side by side; A action components
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import gymnasium
@@ -19,11 +21,11 @@ from numpy.typing import NDArray
 
 from ssmrl.env_runner._checks import require_integer
 from ssmrl.env_runner.batch import BatchedEnv
-from ssmrl.env_runner.rows import restore_rows, save_rows
-from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError
+from ssmrl.env_runner.rows import restore_rows, save_rows, set_row_tasks
+from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError, check_tasks
 from ssmrl.env_runner.tasks.family import TaskFamily
 from ssmrl.env_runner.tasks.registration import family_names, task_family
-from ssmrl.env_runner.vectorize import Maker, make_rows
+from ssmrl.env_runner.vectorize import UNLIMITED, Maker, make_rows
 
 __all__ = ["Environment", "Maker", "derive_seed"]
 
@@ -51,8 +53,8 @@ class Environment(VectorWrapper):
             `EnvSpec`, a maker (a callable without arguments that returns a new `gymnasium.Env`), or
             a list of B makers: a task per row. The rows' spaces must be equal.
         batch_size: B. None: the number of makers or tasks, 1 otherwise.
-        tasks: arguments of every row's environment, as `TaskFamily.sample` draws them; for a family
-            or an id.
+        tasks: parameters of every row's environment, as `TaskFamily.sample` draws them; for a family
+            or an `ssmrl/` id. Of another id they are arguments of the constructor, and its rows a loop.
         max_episode_steps: truncate episodes after that many steps. It replaces the limit of the
             spec, and every TimeLimit that a maker applies. None: leave those as they are.
         seed: the seed of the first `reset`, where that is given none. None: not reproducible.
@@ -66,6 +68,7 @@ class Environment(VectorWrapper):
             must survive cloudpickle). All give the same numbers. "auto": native where it can be,
             else sync.
         out_of_bounds: what becomes of Box actions outside the space: "error", or "clip" to it.
+        num_threads: that native robots are stepped on; nothing else has threads. None: one per CPU.
         **kwargs: arguments of the environment, for a family, an id or an `EnvSpec`.
 
     Raises:
@@ -84,14 +87,14 @@ class Environment(VectorWrapper):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         vectorization_mode: str = "auto",
         out_of_bounds: str = "error",
+        num_threads: int | None = None,
         **kwargs: Any,
     ) -> None:
+        given = None if tasks is None else check_tasks(tasks, batch_size)
         if batch_size is None:
-            rows = tasks if tasks is not None else env if isinstance(env, (list, tuple)) else [None]
+            rows = given if given is not None else env if isinstance(env, (list, tuple)) else [None]
             batch_size = len(rows)
         batch_size = require_integer("batch_size", batch_size, 1)
-        if tasks is not None and len(tasks) != batch_size:
-            raise ValueError(f"`tasks` must hold one task per row, {batch_size}; got {len(tasks)}.")
         if max_episode_steps is not None:
             max_episode_steps = require_integer("max_episode_steps", max_episode_steps, 1)
         self._seed = None if seed is None else require_integer("seed", seed, 0)
@@ -103,20 +106,32 @@ class Environment(VectorWrapper):
         _require_one_of("vectorization_mode", vectorization_mode, ("auto", "native", "sync", "async"))
         _require_one_of("out_of_bounds", out_of_bounds, ("error", "clip"))
         mode = AutoresetMode(autoreset_mode)
-        if isinstance(env, str) and env in family_names():
-            env = task_family(env)
+        if num_threads is not None:
+            num_threads = require_integer("num_threads", num_threads, 1)
+        if isinstance(env, str):
+            env = _family_or_id(env)
         if isinstance(env, TaskFamily):
             if tasks is None:
                 raise ValueError(
                     f"`tasks` must be given with the family {env.name!r}: `family.sample(batch_size, seed)` draws them."
                 )
+            of_family = {"horizon", "version"} & kwargs.keys()
+            if of_family:
+                raise ValueError(
+                    f"{sorted(of_family)} are arguments of `task_family({env.name!r}, ...)`: pass its result; "
+                    "`max_episode_steps` limits episodes here."
+                )
             kwargs = {**env.settings, **kwargs}
-            max_episode_steps = env.horizon if max_episode_steps is None else max_episode_steps
+            if max_episode_steps is None:
+                max_episode_steps = UNLIMITED if env.horizon is None else env.horizon
             env = env.env_id
-        self._tasks = None if tasks is None else [dict(task) for task in tasks]
-        super().__init__(make_rows(env, batch_size, self._tasks, max_episode_steps, mode, vectorization_mode, kwargs))
+        self._tasks = given
+        super().__init__(
+            make_rows(env, batch_size, given, max_episode_steps, mode, vectorization_mode, num_threads, kwargs)
+        )
         self._clip = out_of_bounds == "clip"
         self._disabled = mode is AutoresetMode.DISABLED
+        self._failed = False
         # (B,) the rows that `step` may not touch before a reset; None before the first one.
         self._ended: NDArray[np.bool_] | None = None
 
@@ -133,7 +148,7 @@ class Environment(VectorWrapper):
     @property
     def tasks(self) -> list[Task] | None:
         """The task of every row, None where it was made without."""
-        return None if self._tasks is None else [dict(task) for task in self._tasks]
+        return None if self._tasks is None else [*check_tasks(self._tasks)]
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every row another task of the same kind; the next call must be a `reset` of all rows.
@@ -145,16 +160,12 @@ class Environment(VectorWrapper):
         self._require_open()
         if self._tasks is None:
             raise TypeError("`set_tasks` needs an environment that was made with `tasks`.")
-        if len(tasks) != self.num_envs:
-            raise ValueError(f"`tasks` must hold one task per row, {self.num_envs}; got {len(tasks)}.")
-        self._tasks = [dict(task) for task in tasks]
+        given = check_tasks(tasks, self.num_envs)
         if isinstance(self.env, BatchedEnv):
-            self.env.set_tasks(tasks)
-        elif isinstance(self.env, SyncVectorEnv):
-            for row, task in zip(self.env.envs, tasks, strict=True):
-                row.get_wrapper_attr("set_task")(task)
+            self.env.set_tasks(given)
         else:
-            raise TypeError("`set_tasks` needs native or synchronous rows: processes keep theirs.")
+            set_row_tasks(self.env, given, self._tasks)
+        self._tasks = given
         if self._ended is not None:
             self._seed, self._ended = None, None
 
@@ -167,19 +178,29 @@ class Environment(VectorWrapper):
         self._require_open()
         return {
             "rows": self.env.save() if isinstance(self.env, BatchedEnv) else save_rows(self.env),
+            "made": self._made(),
+            "tasks": self.tasks,
+            "seed": self._seed,
             "ended": None if self._ended is None else self._ended.copy(),
             "action_space": copy.deepcopy(self.action_space.np_random.bit_generator.state),
         }
 
     def restore(self, state: State) -> None:
-        """Be what `save` saw, bit for bit, in an environment that was made with the same arguments."""
+        """Be what `save` saw, bit for bit, in an environment that was made with the same arguments.
+
+        Raises:
+            ValueError: it is the state of an environment of another kind.
+        """
         self._require_open()
+        if not isinstance(state, Mapping) or state.get("made") != self._made():
+            got = state.get("made") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"`state` must be of an environment like this one, {self._made()}; got {got}.")
         if isinstance(self.env, BatchedEnv):
             self.env.restore(state["rows"])
         else:
             restore_rows(self.env, state["rows"])
-        if self._tasks is not None:
-            self._tasks = [dict(task) for task in state["rows"]["tasks"]]
+        self._tasks = None if state["tasks"] is None else check_tasks(state["tasks"])
+        self._seed, self._failed = state["seed"], False
         self._ended = None if state["ended"] is None else np.array(state["ended"], np.bool_)
         self.action_space.np_random.bit_generator.state = copy.deepcopy(state["action_space"])
 
@@ -217,6 +238,7 @@ class Environment(VectorWrapper):
                 self.action_space.seed(derive_seed(seed))
         observations, infos = self.env.reset(seed=seeds, options=options)
         self._ended = np.zeros_like(rows) if self._ended is None else self._ended & ~rows
+        self._failed = self._failed and not rows.all()
         return observations, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -237,15 +259,21 @@ class Environment(VectorWrapper):
         self._require_open()
         if self._ended is None:
             raise ValueError("`reset` must be called before the first `step`.")
+        if self._failed:
+            raise UnstableSimulationError("A row became unstable: reset all rows, or restore a state, before a step.")
         if self._disabled and self._ended.any():
             raise ValueError(
                 f"Row {np.flatnonzero(self._ended)[0]} has ended and cannot be stepped: call "
                 '`reset(options={"reset_mask": terminated | truncated})` first.'
             )
         actions = _check_actions(actions, self.single_action_space, self.num_envs, self._clip, self._tasks)
-        result = self.env.step(actions)
-        if not self.is_native:  # a native simulation sees to it itself
-            self._check_observations(result[0])
+        try:
+            result = self.env.step(actions)
+            if not self.is_native:  # a native simulation sees to it itself
+                self._check_observations(result[0])
+        except UnstableSimulationError as error:
+            self._failed = True
+            raise self._with_row(error) from None
         self._ended = np.logical_or(result[2], result[3])
         return result
 
@@ -256,6 +284,24 @@ class Environment(VectorWrapper):
     def __exit__(self, *exception: object) -> None:
         """Close the environment."""
         self.close()
+
+    def _made(self) -> dict[str, Any]:
+        """What a state must have in common with the environment that is to go on from it."""
+        spec = self.env.spec if self.is_native else None
+        return {
+            "id": None if spec is None else spec.id,
+            "is_native": self.is_native,
+            "num_envs": self.num_envs,
+            "autoreset_mode": AutoresetMode(self.metadata["autoreset_mode"]).value,
+            "observation_space": str(self.single_observation_space),
+        }
+
+    def _with_row(self, error: UnstableSimulationError) -> UnstableSimulationError:
+        """Name the row where the error is that of a single environment."""
+        if error.source is None or not isinstance(self.env, SyncVectorEnv):
+            return error
+        row = next(row for row, env in enumerate(self.env.envs) if env.unwrapped is error.source)
+        return UnstableSimulationError(f"Row {row}: {error}")
 
     def _check_observations(self, observations: Any) -> None:
         if isinstance(observations, np.ndarray) and observations.dtype.kind == "f" and np.isnan(observations).any():
@@ -318,6 +364,18 @@ def _refuse_actions(
 
 def _of_task(tasks: list[dict[str, Any]] | None, row: int) -> str:
     return "" if tasks is None else f", whose task is {tasks[row]}"
+
+
+def _family_or_id(name: str) -> TaskFamily | str:
+    if name in family_names():
+        return task_family(name)
+    if name not in gymnasium.registry and not re.search(r"-v\d+$", name):
+        near = difflib.get_close_matches(name.lower(), family_names(), 3, 0.5)
+        raise ValueError(
+            f"`env` must be the name of a family or an id, which ends in -v and a number; got {name!r}. "
+            f"Families of a like name: {near or family_names()}."
+        )
+    return name
 
 
 def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

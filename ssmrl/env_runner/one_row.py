@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from ssmrl.env_runner.simulation import Simulation, State, Task
+from ssmrl.env_runner.simulation import Simulation, State, Task, UnstableSimulationError, check_tasks
 
 __all__ = ["Drawn", "OneRowEnv"]
 
@@ -49,10 +49,14 @@ class OneRowEnv(gymnasium.Env[Any, Any]):
         self.action_space = simulation.single_action_space
         self.metadata = {**simulation.metadata, "render_modes": modes}
         self.render_mode = render_mode
+        self._defaults = dict(simulation.tasks[0])
 
     def set_task(self, task: Task) -> None:
-        """Give it another task; an episode that it is in the middle of goes on under it."""
-        self.simulation.set_tasks([task])
+        """Give it another task; an episode that it is in the middle of goes on under it.
+
+        What it does not give is as in the constructor.
+        """
+        self.simulation.set_tasks(check_tasks([{**self._defaults, **task}]))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode."""
@@ -62,7 +66,10 @@ class OneRowEnv(gymnasium.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Make a step; it is never truncated."""
-        reward, terminated, info = self.simulation.advance(np.asarray(action)[None], None)
+        try:
+            reward, terminated, info = self.simulation.advance(np.asarray(action)[None], None)
+        except UnstableSimulationError as error:
+            raise UnstableSimulationError(str(error), self) from None
         return self.simulation.observe()[0], float(reward[0]), bool(terminated[0]), False, _first(info)
 
     def render(self) -> Any:
@@ -74,7 +81,7 @@ class OneRowEnv(gymnasium.Env[Any, Any]):
     def save(self) -> State:
         """Return everything that its future depends on, as arrays and JSON values."""
         return {
-            "task": dict(self.simulation.tasks[0]),
+            "task": copy.deepcopy(dict(self.simulation.tasks[0])),
             "simulation": self.simulation.save(),
             "generator": copy.deepcopy(self.np_random.bit_generator.state),
         }

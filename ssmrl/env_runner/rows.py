@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
-from ssmrl.env_runner.simulation import State
+from ssmrl.env_runner.simulation import State, Task
 
-__all__ = ["restore_rows", "save_rows"]
+__all__ = ["restore_rows", "save_rows", "set_row_tasks"]
 
 # What wrappers hold between two steps: the names of their attributes.
-_HELD = {TimeLimit: ("_elapsed_steps",), OrderEnforcing: ("_has_reset",), PassiveEnvChecker: ()}
+_HELD = {
+    TimeLimit: ("_elapsed_steps",),
+    OrderEnforcing: ("_has_reset",),
+    PassiveEnvChecker: (),
+}
 _OF_VECTOR = ("_env_obs", "_rewards", "_terminations", "_truncations", "_autoreset_envs", "_observations")
 
 
@@ -30,6 +35,24 @@ def save_rows(vector: VectorEnv[Any, Any, Any]) -> State:
     }
 
 
+def set_row_tasks(vector: VectorEnv[Any, Any, Any], tasks: Sequence[Task], before: Sequence[Task]) -> None:
+    """Give every row its task; where one does not fit, all rows have those of `before` again."""
+    if not isinstance(vector, SyncVectorEnv):
+        raise TypeError(
+            "`set_tasks` needs native or synchronous rows: processes keep the tasks that they were made with."
+        )
+    setters = [getattr(env.unwrapped, "set_task", None) for env in vector.envs]
+    if None in setters:
+        raise TypeError(f"`set_tasks` needs environments of `ssmrl/`; row {setters.index(None)} has no `set_task`.")
+    for row, task in enumerate(tasks):
+        try:
+            setters[row](task)  # type: ignore[misc]
+        except (ValueError, TypeError) as error:
+            for done in range(row + 1):
+                setters[done](before[done])  # type: ignore[misc]
+            raise type(error)(f"Row {row}: {error}") from None
+
+
 def restore_rows(vector: VectorEnv[Any, Any, Any], state: State) -> None:
     """Be what `save_rows` saw."""
     envs = _envs(vector)
@@ -40,6 +63,8 @@ def restore_rows(vector: VectorEnv[Any, Any, Any], state: State) -> None:
         for wrapper, held in zip(_wrappers(env), wrappers, strict=True):
             for name, value in held.items():
                 setattr(wrapper, name, value)
+            if isinstance(wrapper, PassiveEnvChecker):  # it would miss the reset that nobody made
+                wrapper.checked_reset = wrapper.checked_step = wrapper.checked_data_reuse = True
     for name, value in state["vector"].items():
         setattr(vector, name, copy.deepcopy(value))
 

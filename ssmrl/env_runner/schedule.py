@@ -25,9 +25,8 @@ class Schedule:
     Args:
         changes: of every row, `{n: values}`: those values hold from the moment that n >= 1 steps have been made. None:
             none ever does.
-        per_episode: count from the start of every episode, which begins with the first values again. False:
-        over the life
-            of the row, across episodes.
+        per_episode: count from the start of every episode, which begins with the first values again. False: over the
+            life of the row, across episodes.
     """
 
     def __init__(self, changes: Sequence[Mapping[int, Task] | None], *, per_episode: bool = False) -> None:

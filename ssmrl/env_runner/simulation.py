@@ -5,6 +5,7 @@ Letters: B rows, D features of an observation, A action components.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ import numpy as np
 from gymnasium import Space
 from numpy.typing import NDArray
 
-__all__ = ["Rows", "Simulation", "State", "Task", "Transition", "UnstableSimulationError"]
+__all__ = ["Rows", "Simulation", "State", "Task", "Transition", "UnstableSimulationError", "check_tasks"]
 
 Task = Mapping[str, Any]
 """A task: arguments of an environment's constructor by name; numbers, or tuples of numbers."""
@@ -80,4 +81,37 @@ class Simulation(Protocol):
 
 
 class UnstableSimulationError(RuntimeError):
-    """A simulation left what its physics can be computed for."""
+    """A simulation left what its physics can be computed for.
+
+    Attributes:
+        source: the single environment that it happened in, None of a batch, whose message names the row.
+    """
+
+    def __init__(self, message: str, source: Any = None) -> None:
+        super().__init__(message)
+        self.source = source
+
+
+def check_tasks(tasks: Any, num_rows: int | None = None) -> list[dict[str, Any]]:
+    """Return deep copies of tasks as dicts, the steps of their `changes` as integers, which JSON makes strings.
+
+    Raises:
+        TypeError: it is not a list of mappings.
+        ValueError: there are not `num_rows` of them.
+    """
+    if not isinstance(tasks, (list, tuple)):
+        raise TypeError(f"`tasks` must be a list of tasks; got {type(tasks).__name__}.")
+    if num_rows is not None and len(tasks) != num_rows:
+        raise ValueError(f"`tasks` must hold one task per row, {num_rows}; got {len(tasks)}.")
+    checked = []
+    for row, task in enumerate(tasks):
+        if not isinstance(task, Mapping):
+            raise TypeError(f"`tasks[{row}]` must be a mapping of parameters; got {task!r}.")
+        copied: dict[str, Any] = copy.deepcopy(dict(task))
+        changes = copied.get("changes")
+        if changes is not None:
+            if not isinstance(changes, Mapping) or not all(isinstance(c, Mapping) for c in changes.values()):
+                raise TypeError(f"`tasks[{row}]['changes']` must be {{step: parameters}}; got {changes!r}.")
+            copied["changes"] = {int(n) if isinstance(n, str) and n.isdigit() else n: c for n, c in changes.items()}
+        checked.append(copied)
+    return checked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,12 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from ssmrl.env_runner.tasks.registration import native_environment
+from ssmrl.env_runner.simulation import Task
+from ssmrl.env_runner.tasks.registration import is_ours, native_environment
 
-__all__ = ["Maker", "make_rows"]
+__all__ = ["UNLIMITED", "Maker", "make_row_of_id", "make_rows"]
+
+UNLIMITED = -1  # Gymnasium's word for no limit, where None is that of the id
 
 Maker = Callable[[], gymnasium.Env[Any, Any]]
 
@@ -25,27 +28,33 @@ def make_rows(
     max_episode_steps: int | None,
     mode: AutoresetMode,
     vectorization_mode: str,
+    num_threads: int | None,
     kwargs: dict[str, Any],
 ) -> VectorEnv[Any, Any, Any]:
+    """Make the rows of an environment; `max_episode_steps` may be UNLIMITED."""
+    if isinstance(env, EnvSpec) and gymnasium.registry.get(env.id) == env:
+        env = env.id
     native_id = native_environment(env, kwargs) if vectorization_mode in ("auto", "native") else None
+    if tasks is not None and native_id != env:
+        native_id = None  # the tasks of an id that is not ours are arguments of its constructor
     if native_id is not None:
         limit = gymnasium.spec(env).max_episode_steps if max_episode_steps is None else max_episode_steps
+        if num_threads is not None and "robot" in gymnasium.spec(native_id).kwargs:
+            kwargs = {**kwargs, "num_threads": num_threads}
         return gymnasium.make_vec(
             native_id,
             batch_size,
             "vector_entry_point",
             tasks=tasks,
-            max_episode_steps=limit,
+            max_episode_steps=None if limit == UNLIMITED else limit,
             autoreset_mode=mode,
             **kwargs,
         )
     if vectorization_mode == "native":
         raise ValueError(
-            f"There is no native batch of {env!r} with {sorted(kwargs)}: it takes an id of Gymnasium's robots, "
-            "cart-pole or pendulum or of `ssmrl/`, no `render_mode`, and for robots the extra `mujoco`."
+            f"There is no native batch of {env!r} with {sorted(kwargs)}: it takes an id of `ssmrl/`, or without "
+            "tasks one of Gymnasium's robots, cart-pole or pendulum, no `render_mode`, for robots the extra `mujoco`."
         )
-    if isinstance(env, str) and env.startswith("ssmrl/"):
-        kwargs = {name: value for name, value in kwargs.items() if name != "num_threads"}  # of native batches alone
     vectorize = AsyncVectorEnv if vectorization_mode == "async" else SyncVectorEnv
     if isinstance(env, (str, EnvSpec)):
         if isinstance(env, EnvSpec) and "vectorization_mode" in env.kwargs:
@@ -55,6 +64,10 @@ def make_rows(
             )
         if max_episode_steps is not None:
             kwargs["max_episode_steps"] = max_episode_steps
+        if isinstance(env, str) and is_ours(env):
+            rows = [{}] * batch_size if tasks is None else tasks
+            makers = [partial(make_row_of_id, env, kwargs, row, task) for row, task in enumerate(rows)]
+            return vectorize(makers, autoreset_mode=mode)
         if tasks is not None:
             return vectorize([partial(gymnasium.make, env, **{**kwargs, **t}) for t in tasks], autoreset_mode=mode)
         asked = "async" if vectorization_mode == "async" else "sync"
@@ -68,6 +81,17 @@ def make_rows(
     if isinstance(vector, SyncVectorEnv):
         _require_distinct(vector.envs)
     return vector
+
+
+def make_row_of_id(env_id: str, kwargs: Mapping[str, Any], row: int, task: Task) -> gymnasium.Env[Any, Any]:
+    """Make a row of one of our ids, in a process that may have imported nothing of ours but this module."""
+    env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    if task:
+        try:
+            env.unwrapped.set_task(task)  # type: ignore[attr-defined]
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"Row {row}: {error}") from None
+    return env
 
 
 def _makers(env: Any, batch_size: int, kwargs: dict[str, Any]) -> Sequence[Maker]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import multiprocessing
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -14,7 +17,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformRewa
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorStatistics
 from gymnasium.wrappers.vector import RescaleAction
 
-from ssmrl.env_runner import Environment, UnstableSimulationError, derive_seed, task_family
+from ssmrl.env_runner import Environment, UnstableSimulationError, changing, derive_seed, task_family
 
 # Python 3.12 warns of fork in a process with threads, which torch starts.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -532,8 +535,138 @@ def test_only_rows_that_can_be_saved_are_saved(counting):
         Environment([counting(2)]).save()
     environment = Environment("CartPole-v1", 2, seed=0)
     environment.reset()
-    with pytest.raises(ValueError, match="`state` must be of 3 rows; got 2"):
-        Environment("CartPole-v1", 3).restore(environment.save())
+    state = environment.save()
+    for other in (
+        Environment("CartPole-v1", 3),
+        Environment("Pendulum-v1", 2),
+        Environment("CartPole-v1", 2, autoreset_mode="Disabled"),
+        Environment("ssmrl/CartPole-v1", 2, vectorization_mode="sync"),
+    ):
+        with pytest.raises(ValueError, match=r"`state` must be of an environment like this one, .*; got \{'id'"):
+            other.restore(state)
+    with pytest.raises(ValueError, match=r"like this one, .*; got None"):
+        environment.restore({})
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_a_state_survives_json_its_changes_too(kind):
+    family = changing(task_family("pendulum-physics"), [3])
+    tasks = family.sample(2, seed=0)
+    environment = Environment(family, tasks=tasks, seed=0, vectorization_mode=kind)
+    environment.reset()
+    state = environment.save()
+    again = json.loads(json.dumps(state["tasks"]))
+    environment.set_tasks(again)
+    assert environment.tasks == tasks
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_parameters_that_all_rows_share_stay_when_tasks_change(kind):
+    environment = Environment("ssmrl/Pendulum-v1", tasks=[{"g": 5.0}] * 2, m=3.0, seed=0, vectorization_mode=kind)
+    assert environment.reset()[1]["task"]["m"].tolist() == [3.0, 3.0]
+    environment.set_tasks([{"g": 6.0}, {"m": 2.0}])
+    task = environment.reset()[1]["task"]
+    assert task["m"].tolist() == [3.0, 2.0]
+    assert task["g"].tolist() == [6.0, 10.0]
+    state = environment.save()
+    environment.restore(state)
+    assert environment.tasks == [{"g": 6.0}, {"m": 2.0}]
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_tasks_that_do_not_fit_change_nothing(kind):
+    tasks = [{"g": 5.0}, {"g": 7.0}]
+    environment = Environment("ssmrl/Pendulum-v1", tasks=tasks, seed=0, vectorization_mode=kind)
+    with pytest.raises(ValueError, match=r"Row 1: `g` must be positive"):
+        environment.set_tasks([{"g": 9.0}, {"g": -1.0}])
+    assert environment.tasks == tasks
+    assert environment.reset()[1]["task"]["g"].tolist() == [5.0, 7.0]
+    tasks[0]["g"] = 99.0
+    assert environment.tasks == [{"g": 5.0}, {"g": 7.0}]
+
+
+def test_a_seed_that_waits_for_the_first_reset_is_saved():
+    first, second = (Environment("pendulum-physics", tasks=[{"g": 5.0}], seed=0) for _ in range(2))
+    second.restore(first.save())
+    np.testing.assert_array_equal(first.reset()[0], second.reset()[0])
+    first.set_tasks([{"g": 6.0}])
+    second.restore(first.save())
+    np.testing.assert_array_equal(first.reset()[0], second.reset()[0])
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_a_family_without_a_horizon_is_never_truncated(kind):
+    family = task_family("linear-system", horizon=None)
+    environment = Environment(family, tasks=family.sample(1, 0), seed=0, vectorization_mode=kind)
+    environment.reset()
+    action = np.zeros((1, 1), np.float32)
+    assert not any(environment.step(action)[3].any() for _ in range(250))
+    env: Any = family.make(family.sample(1, 0)[0])
+    assert env.spec.max_episode_steps is None
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_after_an_unstable_row_steps_are_refused_until_a_reset(kind):
+    unstable = {"A": ((4.0, 0.0), (0.0, 4.0)), "B": ((1.0,), (1.0,))}
+    stable = {"A": ((0.5, 0.0), (0.0, 0.5)), "B": ((1.0,), (1.0,))}
+    family = task_family("linear-system", state_dim=2, horizon=None)
+    environment = Environment(family, tasks=[stable, unstable], seed=0, vectorization_mode=kind)
+    environment.reset()
+    action = np.ones((2, 1), np.float32)
+    with pytest.raises(UnstableSimulationError, match=r"[Rr]ow 1"):
+        deque((environment.step(action) for _ in range(2000)), maxlen=0)
+    with pytest.raises(UnstableSimulationError, match="reset all rows, or restore a state, before a step"):
+        environment.step(action)
+    environment.reset()
+    environment.step(action)
+
+
+def test_tasks_of_gymnasiums_own_ids_are_arguments_of_a_loop():
+    environment = Environment("Pendulum-v1", tasks=[{"g": 1.0}, {"g": 2.0}])
+    assert not environment.is_native
+    rows: Any = environment.env
+    assert rows.get_attr("g") == (1.0, 2.0)
+    with pytest.raises(TypeError, match=r"needs environments of `ssmrl/`; row 0 has no `set_task`"):
+        environment.set_tasks([{"g": 1.0}] * 2)
+    assert Environment(gymnasium.spec("ssmrl/Pendulum-v1"), tasks=[{"g": 1.0}]).is_native
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"env": "halfcheetah-velocity", "tasks": [{}]}, ValueError, "of a like name: .*'halfcheetah-vel'"),
+        (
+            {"env": "pendulum-physics", "tasks": [{}], "horizon": 3},
+            ValueError,
+            r"\['horizon'\] are arguments of",
+        ),
+        ({"env": "pendulum-physics", "tasks": {"g": 1.0}}, TypeError, "`tasks` must be a list of tasks; got dict"),
+        (
+            {"env": "pendulum-physics", "tasks": [1, 2]},
+            TypeError,
+            r"`tasks\[0\]` must be a mapping .*; got 1",
+        ),
+        (
+            {"env": "pendulum-physics", "tasks": [{"changes": [1]}]},
+            TypeError,
+            r"must be \{step: param.*; got \[1\]",
+        ),
+        ({"env": "ssmrl/Hopper-v5", "tasks": [{"mass": "x"}]}, TypeError, "`mass` must be a number .*; got 'x'"),
+        ({"env": "ssmrl/Hopper-v5", "frame_skip": 0}, ValueError, "`frame_skip` must be at least 1; got 0"),
+        ({"env": "ssmrl/Hopper-v5", "num_threads": -3}, ValueError, "`num_threads` must be at least 1; got -3"),
+    ],
+)
+def test_common_mistakes_are_answered(arguments, error, match):
+    with pytest.raises(error, match=match):
+        Environment(**arguments)
+
+
+def test_processes_know_our_ids(monkeypatch):
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr("gymnasium.vector.async_vector_env.multiprocessing", context)
+    with Environment("pendulum-physics", tasks=[{"g": 5.0}], seed=0, vectorization_mode="async") as environment:
+        native = Environment("pendulum-physics", tasks=[{"g": 5.0}], seed=0)
+        np.testing.assert_array_equal(environment.reset()[0], native.reset()[0])
 
 
 def test_a_step_before_the_first_reset_is_refused():

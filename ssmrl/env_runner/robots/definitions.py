@@ -101,8 +101,7 @@ class Robot:
         forward = settings.get("forward_reward_weight", 1.0) * motion.velocity[:, 0]
         control = settings["ctrl_cost_weight"] * motion.control
         if self.name == "HalfCheetah":
-            name = "reward_run" if self.version == 4 else "reward_forward"
-            return forward - control, {name: forward, "reward_ctrl": -control}
+            return forward - control, self._parts(forward, control)
         alive = motion.healthy
         if self.version == 4:
             alive = alive | settings["terminate_when_unhealthy"]
@@ -114,10 +113,26 @@ class Robot:
         elif self.name == "Humanoid" and self.version == 5:
             contact = np.clip(settings["contact_cost_weight"] * motion.contact, *settings["contact_cost_range"])
             costs = control + contact
-        parts = {"reward_forward": forward, "reward_survive": survive, "reward_ctrl": -control}
-        if contact is not None:
-            parts["reward_contact"] = -contact
-        return (forward + survive) - costs, parts
+        return (forward + survive) - costs, self._parts(forward, control, survive, contact)
+
+    def _parts(
+        self, forward: Array, control: Array, survive: Array | None = None, contact: Array | None = None
+    ) -> dict[str, Array]:
+        """Return the parts of Gymnasium's reward, by the names that its info has in this version."""
+        if self.version == 5:
+            parts = {"reward_forward": forward, "reward_ctrl": -control}
+            more = {"reward_survive": survive, "reward_contact": None if contact is None else -contact}
+            return parts | {name: part for name, part in more.items() if part is not None}
+        if self.name == "HalfCheetah":
+            return {"reward_run": forward, "reward_ctrl": -control}
+        if survive is None or self.name in ("Hopper", "Walker2d"):
+            return {}
+        if self.name == "Ant":  # where it has contact forces, they take the place of the controls
+            cost = control if contact is None else contact
+            names: tuple[str, ...] = ("reward_forward", "reward_ctrl", "reward_survive", "forward_reward")
+        else:
+            cost, names = control, ("reward_linvel", "reward_quadctrl", "reward_alive", "forward_reward")
+        return dict(zip(names, (forward, -cost, survive, forward.copy()), strict=True))
 
     def terminated(self, motion: Motion, settings: Settings) -> NDArray[np.bool_]:
         """Return Bool (B,)."""
@@ -144,6 +159,8 @@ class Robot:
             info["x_velocity"] = motion.velocity[:, 0].copy()
             if plane:
                 info["y_velocity"] = motion.velocity[:, 1].copy()
+        if self.env_id == "Humanoid-v5":
+            info |= {"tendon_length": data.ten_length.copy(), "tendon_velocity": data.ten_velocity.copy()}
         return info
 
 
@@ -232,12 +249,13 @@ def _all_robots() -> dict[str, Robot]:
     robots = []
     for version in (4, 5):
         humanoid = ("xipos", "cinert", "cvel", "qfrc_actuator")
+        tendons = ("ten_length", "ten_velocity") if version == 5 else ()
         robots += [
             Robot("HalfCheetah", version, (), _x, _observe_cheetah, _always, normal=True),
             Robot("Hopper", version, (), _x, _observe_planar, _upright_hopper),
             Robot("Walker2d", version, (), _x, _observe_planar, _upright),
             Robot("Ant", version, ("xpos",), _torso, _observe_ant, _ant_stands, normal=True),
-            Robot("Humanoid", version, humanoid, _center_of_mass, _observe_humanoid, _humanoid_stands),
+            Robot("Humanoid", version, (*humanoid, *tendons), _center_of_mass, _observe_humanoid, _humanoid_stands),
         ]
     return {robot.env_id: robot for robot in robots}
 

@@ -13,7 +13,7 @@ from ssmrl.env_runner.robots.physics import PHYSICS
 from ssmrl.env_runner.robots.reward import Angle, Direction, Forward, Goal, Reward, Velocity
 from ssmrl.env_runner.robots.simulation import RobotSimulation
 from ssmrl.env_runner.robots.single import RobotEnv
-from ssmrl.env_runner.simulation import Task
+from ssmrl.env_runner.simulation import Task, check_tasks
 
 __all__ = ["make", "make_batch"]
 
@@ -55,13 +55,11 @@ def make_batch(
     """
     num_threads = kwargs.pop("num_threads", None)
     reward, task, settings = _sorted(robot, paid_for, kwargs)
-    rows = [{}] * num_envs if tasks is None else tasks
-    if len(rows) != num_envs:
-        raise ValueError(f"`tasks` must hold one task per row, {num_envs}; got {len(rows)}.")
+    rows = check_tasks([{}] * num_envs if tasks is None else tasks, num_envs)
     simulation = RobotSimulation(
         robot, [{**task, **row} for row in rows], reward=reward, num_threads=num_threads, **settings
     )
-    return BatchedEnv(simulation, max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode)
+    return BatchedEnv(simulation, max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode, defaults=task)
 
 
 def _sorted(

@@ -27,7 +27,8 @@ FACTORS: dict[str, str] = {
 tuple holds one for each body, degree of freedom or geom, or for each element of the field, row by row."""
 
 PHYSICS = (*FACTORS, "disabled")
-"""All parameters of a robot's physics. `disabled`: the number of an actuator, or a tuple, whose control is 0."""
+"""All parameters of a robot's physics. `disabled`: the number of an actuator, or a tuple, whose control is 0; or
+Bool, one of each actuator."""
 
 
 def check_physics(model: mujoco.MjModel, physics: Mapping[str, Any]) -> None:
@@ -66,6 +67,8 @@ def set_physics(model: mujoco.MjModel, fields: Mapping[str, NDArray[Any]]) -> No
 
 def actuator_mask(num_actuators: int, disabled: Any) -> NDArray[np.bool_]:
     """Return Bool (A,), False where the actuator is disabled."""
+    if np.shape(disabled) == (num_actuators,) and np.asarray(disabled).dtype == np.bool_:
+        return ~np.asarray(disabled)
     mask = np.ones(num_actuators, np.bool_)
     for index in np.atleast_1d(np.asarray(disabled, dtype=object)):
         if isinstance(index, (bool, np.bool_)) or not isinstance(index, (int, np.integer)):
@@ -84,15 +87,17 @@ def _field(model: mujoco.MjModel, name: str) -> NDArray[Any]:
 
 def _factor(name: str, value: Any, field: NDArray[Any]) -> NDArray[Any]:
     """Return the factor in a shape that broadcasts against the field."""
-    factor = np.asarray(value, np.float64)
+    try:
+        factor = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a number or hold numbers; got {value!r}.") from None
     if factor.shape == field.shape[:1]:
         factor = factor.reshape(-1, *[1] * (field.ndim - 1))
     elif factor.shape == (field.size,) or factor.shape == field.shape:
         factor = factor.reshape(field.shape)
     elif factor.ndim:
-        raise ValueError(
-            f"`{name}` must be a number, or hold {field.shape[0]} or {field.size} of them; got shape {factor.shape}."
-        )
+        sizes = " or ".join(str(n) for n in sorted({field.shape[0], field.size}))
+        raise ValueError(f"`{name}` must be a number, or hold {sizes} of them; got shape {factor.shape}.")
     if not (np.isfinite(factor) & (factor >= 0)).all():
         raise ValueError(f"`{name}` must be finite and at least 0; got {value}.")
     return factor

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssmrl.env_runner._checks import require_integer
 from ssmrl.env_runner.robots.definitions import robot
 from ssmrl.env_runner.robots.log import log_warnings
 from ssmrl.env_runner.robots.physics import FACTORS, actuator_mask, model_fields
@@ -19,7 +20,7 @@ from ssmrl.env_runner.robots.reward import Reward
 from ssmrl.env_runner.robots.single import is_unstable
 from ssmrl.env_runner.robots.task import RobotTask, factors_of, parse_task, report
 from ssmrl.env_runner.schedule import Schedule
-from ssmrl.env_runner.simulation import Rows, State, Task, Transition, UnstableSimulationError
+from ssmrl.env_runner.simulation import Rows, State, Task, Transition, UnstableSimulationError, check_tasks
 
 __all__ = ["RobotSimulation"]
 
@@ -51,7 +52,8 @@ class RobotSimulation:
         self._robot = robot(env_id)
         prototype = self._robot.make(**settings)
         if frame_skip is not None:
-            prototype.frame_skip = frame_skip
+            prototype.frame_skip = require_integer("frame_skip", frame_skip, 1)
+        num_threads = 0 if num_threads is None else require_integer("num_threads", num_threads, 1)
         self._settings = self._robot.settings(settings)
         self._reward, self._per_episode = reward, changes_per_episode
         self._frame_skip, self._dt = prototype.frame_skip, prototype.dt
@@ -65,7 +67,7 @@ class RobotSimulation:
         self._derived = bool(fields)
         # MuJoCo computes contact forces on request only, from what a row's simulation has at hand after a step.
         self._forces = "cfrc_ext" in fields
-        self._batch = batch.Batch(self._model, len(tasks), num_threads or 0, persistent=self._forces)
+        self._batch = batch.Batch(self._model, len(tasks), num_threads, persistent=self._forces)
         self._data = SimpleNamespace(init_qpos=self._init[0], mass=self._model.body_mass[None])
         for name in ("qpos", "qvel", "ctrl", *fields):
             setattr(self._data, name, self._batch.bind(name))
@@ -84,7 +86,7 @@ class RobotSimulation:
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every row another task."""
         self._tasks = [self._parsed(task, row) for row, task in enumerate(tasks)]
-        self.tasks = list(tasks)
+        self.tasks = check_tasks(list(tasks))
         self._factors = factors_of(self._tasks)
         self._schedule = Schedule([task.changes for task in self._tasks], per_episode=self._per_episode)
         self._apply(np.arange(len(tasks)))
@@ -206,7 +208,7 @@ class RobotSimulation:
             row = int(np.flatnonzero(unstable)[0])
             self._batch.warning[unstable] = 0
             raise UnstableSimulationError(
-                f"The simulation of row {row} became unstable under its task {dict(self.tasks[row])}."
+                f"The simulation of row {row} became unstable under its task {self.tasks[row]}."
             )
 
     def _compute_forces(self, rows: Rows | None) -> None:

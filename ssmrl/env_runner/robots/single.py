@@ -14,13 +14,14 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from ssmrl.env_runner._checks import require_integer
 from ssmrl.env_runner.robots.definitions import robot
 from ssmrl.env_runner.robots.log import log_warnings
 from ssmrl.env_runner.robots.physics import actuator_mask, model_fields, set_physics
 from ssmrl.env_runner.robots.reward import Reward
 from ssmrl.env_runner.robots.task import RobotTask, factors_of, parse_task, report
 from ssmrl.env_runner.schedule import Schedule
-from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError
+from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError, check_tasks
 
 if TYPE_CHECKING:
     import mujoco
@@ -42,7 +43,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         frame_skip: simulation steps of one step. None: Gymnasium's.
         settings: of Gymnasium's class, `render_mode` among them.
 
-    The info of `reset`, and of the first step after a change, has the task under `"task"`.
+    The info of `reset`, and of the step after which the task is another one, has the task under `"task"`.
 
     Raises:
         ValueError: the id or a parameter of the task is unknown, missing or out of range.
@@ -63,7 +64,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         self._robot = robot(env_id)
         self._inner = self._robot.make(**settings)
         if frame_skip is not None:
-            self._inner.frame_skip = frame_skip
+            self._inner.frame_skip = require_integer("frame_skip", frame_skip, 1)
         self._settings = self._robot.settings(settings)
         self._reward = reward
         self._per_episode = changes_per_episode
@@ -72,7 +73,8 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         self.observation_space, self.action_space = self._inner.observation_space, self._inner.action_space
         self._nominal = copy.copy(self._inner.model)
         self._data = _Rows(self._inner, self._robot.needs(self._settings, 1.0))
-        self.set_task({} if task is None else task)
+        self._defaults = {} if task is None else dict(task)
+        self.set_task({})
 
     @property
     def model(self) -> mujoco.MjModel:
@@ -91,9 +93,13 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         return frame_skip
 
     def set_task(self, task: Task) -> None:
-        """Give it another task; an episode that it is in the middle of goes on under it."""
-        self._given = dict(task)
-        self._task = parse_task(self._nominal, self._reward, task)
+        """Give it another task; an episode that it is in the middle of goes on under it.
+
+        What it does not give is as in the constructor.
+        """
+        (given,) = check_tasks([{**self._defaults, **task}])
+        self._task = parse_task(self._nominal, self._reward, given)
+        self._given = given
         self._factors = factors_of([self._task])
         self._schedule = Schedule([self._task.changes], per_episode=self._per_episode)
         self._apply()
@@ -115,13 +121,14 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         applied = action * self._mask if self._disabled else action
         observation, reward, terminated, truncated, info = self._inner.step(applied)
         if is_unstable(self._inner.data.warning.number[None])[0]:
-            raise UnstableSimulationError(f"The simulation became unstable under the task {self._given}.")
+            raise UnstableSimulationError(f"The simulation became unstable under the task {self._given}.", self)
         if self._reward is not None:
             data = self._data.now()
             motion = self._robot.motion(data, self._settings, before, np.asarray(applied)[None], self._inner.dt)
             rewards, parts = self._reward(self._parameters, motion)
             reward = rewards[0]
-            info = {**info, **{name: value[0] for name, value in parts.items()}}
+            info = {name: value for name, value in info.items() if "reward" not in name}  # Gymnasium's own
+            info |= {name: value[0] for name, value in parts.items()}
         if len(self._schedule.advance(None)):
             self._apply()
             info = {**info, "task": self._report()}
@@ -144,7 +151,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         mujoco.mj_getState(self._inner.model, self._inner.data, state, spec)
         data = self._inner.data
         return {
-            "task": dict(self._given),
+            "task": copy.deepcopy(self._given),
             "steps": self._schedule.steps.copy(),
             "physics": state,
             "positions": np.concatenate((data.xpos, data.xipos)),

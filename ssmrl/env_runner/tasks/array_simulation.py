@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from ssmrl.env_runner.batch import BatchedEnv
 from ssmrl.env_runner.one_row import OneRowEnv
-from ssmrl.env_runner.simulation import Rows, State, Task, Transition, UnstableSimulationError
+from ssmrl.env_runner.simulation import (
+    Rows,
+    State,
+    Task,
+    Transition,
+    UnstableSimulationError,
+    check_tasks,
+)
 from ssmrl.env_runner.tasks.parameters import Parameter, Parameters
 
 __all__ = ["ArraySimulation", "Arrays", "Dynamics", "Step", "make_rows", "makers"]
@@ -99,7 +106,7 @@ class ArraySimulation:
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every row another task; what it is in the middle of goes on under it."""
         self._parameters = Parameters(self.dynamics.parameters, tasks, per_episode=self._per_episode)
-        self.tasks: list[Task] = [dict(task) for task in tasks]
+        self.tasks: list[Task] = [*check_tasks(list(tasks))]
         self._derived = self.dynamics.derive(self._parameters.values)
 
     def begin(
@@ -125,7 +132,8 @@ class ArraySimulation:
                 value[rows] = step.state[name][rows]
         if not finite.all():
             row = int(np.flatnonzero(~finite)[0])
-            raise UnstableSimulationError(f"The reward of row {row} is not finite under its task {self.tasks[row]}.")
+            of_row = f" of row {row}" if len(self.tasks) > 1 else ""
+            raise UnstableSimulationError(f"The reward{of_row} is not finite under its task {self.tasks[row]}.")
         info: dict[str, Any] = dict(step.info)
         changed = self._parameters.advance(rows)
         if len(changed):
@@ -187,11 +195,9 @@ def make_rows(
 ) -> BatchedEnv:
     """Make a native batch of `num_envs` rows; what is missing in a row's task is in `kwargs`, beside the settings."""
     dynamics, task, settings = sort_arguments(kind, kwargs)
-    rows: Sequence[Task] = [{}] * num_envs if tasks is None else tasks
-    if len(rows) != num_envs:
-        raise ValueError(f"`tasks` must hold one task per row, {num_envs}; got {len(rows)}.")
+    rows = check_tasks([{}] * num_envs if tasks is None else tasks, num_envs)
     simulation = ArraySimulation(dynamics, [{**task, **row} for row in rows], **settings)
-    return BatchedEnv(simulation, max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode)
+    return BatchedEnv(simulation, max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode, defaults=task)
 
 
 def sort_arguments(

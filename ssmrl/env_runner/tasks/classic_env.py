@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 
-from ssmrl.env_runner.simulation import State, Task
+from ssmrl.env_runner.simulation import State, Task, check_tasks
 from ssmrl.env_runner.tasks.cartpole import CartPole
 from ssmrl.env_runner.tasks.parameters import Parameter, Parameters
 from ssmrl.env_runner.tasks.pendulum import Pendulum
@@ -46,7 +46,8 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
         self._per_episode = changes_per_episode
         self.metadata, self.render_mode = self._inner.metadata, self._inner.render_mode
         self.observation_space, self.action_space = self._inner.observation_space, self._inner.action_space
-        self.set_task(task)
+        self._defaults = dict(task)
+        self.set_task({})
 
     @property
     def state(self) -> Any:
@@ -58,9 +59,13 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
         self._inner.state = value
 
     def set_task(self, task: Task) -> None:
-        """Give it another task; an episode that it is in the middle of goes on under it."""
-        self._parameters = Parameters(self._known, [task], per_episode=self._per_episode)
-        self._given = dict(task)
+        """Give it another task; an episode that it is in the middle of goes on under it.
+
+        What it does not give is as in the constructor.
+        """
+        (given,) = check_tasks([{**self._defaults, **task}])
+        self._parameters = Parameters(self._known, [given], per_episode=self._per_episode)
+        self._given = given
         self._apply()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -91,7 +96,7 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
     def save(self) -> State:
         """Return everything that its future depends on, as arrays and JSON values."""
         return {
-            "task": dict(self._given),
+            "task": copy.deepcopy(self._given),
             "steps": self._parameters.steps,
             "state": None if self._inner.state is None else self._inner.state.copy(),
             "beyond": self._inner.steps_beyond_terminated,

@@ -36,7 +36,7 @@ def halfcheetah_direction(
         source="PEARL",
         frame_skip=frame_skip,
         control_cost=control_cost,
-        task_blind_return=0.0,
+        task_blind_reward=0.0,
     )
 
 
@@ -99,7 +99,7 @@ def humanoid_direction(
         contact_cost=contact_cost,
         contact_limit=contact_limit,
         bonus=bonus,
-        task_blind_return=horizon * bonus,
+        task_blind_reward=bonus,
     )
 
 
@@ -131,14 +131,14 @@ def _ant(
         contact_cost=contact_cost,
         bonus=bonus,
         # The velocities' mean over the tasks is 0 for a policy that cannot tell them apart; standing costs nothing.
-        task_blind_return=horizon * bonus,
+        task_blind_reward=bonus,
     )
 
 
-register_robot("HalfCheetah", "Dir", paid_for="direction", direction=1.0)
-register_robot("Ant", "Dir", paid_for="direction", direction=1.0)
-register_robot("Ant", "Angle", paid_for="angle", angle=0.0)
-register_robot("Humanoid", "Dir", paid_for="angle", angle=0.0)
+register_robot("HalfCheetah", "Dir", halfcheetah_direction, paid_for="direction", direction=1.0)
+register_robot("Ant", "Dir", ant_direction, paid_for="direction", direction=1.0)
+register_robot("Ant", "Angle", ant_angle, paid_for="angle", angle=0.0)
+register_robot("Humanoid", "Dir", humanoid_direction, paid_for="angle", angle=0.0)
 register_family("halfcheetah-dir", halfcheetah_direction)
 register_family("ant-dir", ant_direction)
 register_family("ant-angle", ant_angle)

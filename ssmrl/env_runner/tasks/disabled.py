@@ -7,7 +7,7 @@ from typing import Any
 
 from ssmrl.env_runner.tasks.family import TaskFamily, of_two_sets
 from ssmrl.env_runner.tasks.registration import register_family
-from ssmrl.env_runner.tasks.robots import robot_family
+from ssmrl.env_runner.tasks.robots import check_robot, robot_family
 
 __all__ = ["disabled"]
 
@@ -26,6 +26,7 @@ def disabled(
     former. Differences: GrBAL's frame skip is 1, its HalfCheetah's control cost 0.05 (here arguments, `frame_skip`
     and `ctrl_cost_weight`), and its Ant's leg also shrinks.
     """
+    check_robot(robot)
     if robot == "Ant":
         train, test = _ANT_LEGS[:3], _ANT_LEGS[3:]
         draw = of_two_sets([{"disabled": leg} for leg in train], [{"disabled": leg} for leg in test])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ssmrl.env_runner.tasks.family import Draw, TaskFamily
 from ssmrl.env_runner.tasks.registration import register_family
-from ssmrl.env_runner.tasks.robots import ROBOT_NAMES, register_robot, robot_family
+from ssmrl.env_runner.tasks.robots import ROBOT_NAMES, check_robot, register_robot, robot_family
 
 __all__ = ["MODEL_SIZES", "one_parameter", "random_parameters"]
 
@@ -63,13 +63,15 @@ def one_parameter(
     Args:
         robot: `"HalfCheetah"`, `"Hopper"`, `"Walker2d"`, `"Ant"` or `"Humanoid"`.
         parameter: "gravity": U[0.5, 1.5], the range of gym-extensions' variants
-        (https://github.com/Breakend/gym-extensions).
-            "mass" and "damping": the sets of CaDM's HalfCheetah (K. Lee et al. 2020,
-            https://github.com/younggyoseo/CaDM), 0.75 to 1.25 in training, and 0.2 to 0.5 and 1.5 to 1.8 in
-            the test. "friction": 1.5^U[-3, 3], the law of `random_parameters`, one factor for all.
+            (https://github.com/Breakend/gym-extensions). "mass" and "damping": the sets of CaDM's HalfCheetah (K. Lee
+            et al. 2020, https://github.com/younggyoseo/CaDM), 0.75 to 1.25 in training, and 0.2 to 0.5 and 1.5 to 1.8
+            in the test. "friction": 1.5^U[-3, 3], the law of `random_parameters`, one factor for all.
         low, high: draw from U[low, high] instead, in both splits.
         **settings: of Gymnasium's environment, `ctrl_cost_weight` for instance.
     """
+    check_robot(robot)
+    if parameter not in [*_DEFAULTS]:
+        raise ValueError(f"`parameter` must be one of {[*_DEFAULTS]}; got {parameter!r}.")
     draw_factor, source = _DEFAULTS[parameter]
     if (low is None) != (high is None):
         raise ValueError(f"`low` and `high` must be given together; got {low} and {high}.")
@@ -102,6 +104,7 @@ def random_parameters(
     """
     if not (np.isfinite(log_scale_limit) and log_scale_limit >= 0):
         raise ValueError(f"`log_scale_limit` must be at least 0 and finite; got {log_scale_limit}.")
+    check_robot(robot)
     bodies, dofs, geoms = MODEL_SIZES[robot]
     laws = (("mass", 1.5, bodies), ("inertia", 1.5, 3 * bodies), ("friction", 1.5, 3 * geoms), ("damping", 1.3, dofs))
 

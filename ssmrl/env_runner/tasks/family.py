@@ -35,12 +35,13 @@ class TaskFamily:
         name: `"halfcheetah-vel"`.
         env_id: what `gymnasium.make` knows its environments by, with a task as arguments.
         draw: a task of a split, from a generator.
-        horizon: steps after which an episode is truncated. None: never.
+        horizon: steps, at least 1, after which an episode is truncated. None: never.
         settings: arguments of the environment that all tasks share.
         source: where the definition is from.
-        task_blind_return: the expected return of the best policy that cannot tell tasks apart; None where there
-        is no formula. oracle_return: that of the best policy that knows the task, or an upper bound that it
-        gets close to; None likewise.
+        task_blind_return: the expected return of the best policy that cannot tell tasks apart. None: there is no
+            formula.
+        oracle_return: that of the best policy that knows the task, or an upper bound that it gets close to. None:
+            there is no formula.
     """
 
     name: str
@@ -51,6 +52,15 @@ class TaskFamily:
     source: str = ""
     task_blind_return: float | None = None
     oracle_return: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.horizon is not None:
+            require_integer("horizon", self.horizon, 1)
+        if "max_episode_steps" in self.settings:
+            raise ValueError(
+                "`max_episode_steps` must not be among the settings of a family: give its `horizon` instead; got "
+                f"{self.settings['max_episode_steps']!r}."
+            )
 
     def sample(self, num_tasks: int, seed: int, split: str = "train") -> list[dict[str, Any]]:
         """Draw N tasks.
@@ -75,17 +85,22 @@ class TaskFamily:
 
     def make(self, task: Task, **kwargs: Any) -> gymnasium.Env[Any, Any]:
         """Make one environment of a task; `kwargs` are those of `gymnasium.make`, `render_mode` for instance."""
-        limit: dict[str, Any] = {} if self.horizon is None else {"max_episode_steps": self.horizon}
-        return gymnasium.make(self.env_id, **{**limit, **self.settings, **task, **kwargs})
+        limit = -1 if self.horizon is None else self.horizon  # Gymnasium's word for no limit
+        return gymnasium.make(self.env_id, **{"max_episode_steps": limit, **self.settings, **task, **kwargs})
 
     def makers(self, tasks: Sequence[Task], **kwargs: Any) -> list[Callable[[], gymnasium.Env[Any, Any]]]:
         """Return a maker per task, for any vector environment."""
         return [partial(self.make, task, **kwargs) for task in tasks]
 
     def with_settings(self, **settings: Any) -> TaskFamily:
-        """Return the family with other arguments of its environments; `horizon` is one of them."""
+        """Return the family with other arguments of its environments; `horizon` is one of them.
+
+        Its tasks are drawn as before, and both of its reference returns are None, as they may not hold any more:
+        `task_family(name, horizon=..., ...)` makes a family anew, with tasks and references to match.
+        """
         horizon = settings.pop("horizon", self.horizon)
-        return replace(self, horizon=horizon, settings={**self.settings, **settings})
+        settings = {**self.settings, **settings}
+        return replace(self, horizon=horizon, settings=settings, task_blind_return=None, oracle_return=None)
 
 
 def of_two_sets(train: Sequence[Task], test: Sequence[Task]) -> Draw:
@@ -104,7 +119,14 @@ def changing(family: TaskFamily, steps: Sequence[int]) -> TaskFamily:
     steps.
 
     Steps are counted over the life of an environment, or of every episode where its `changes_per_episode` is True.
+    A family whose tasks change already is refused: give all steps at once.
     """
+    if not isinstance(family, TaskFamily):
+        raise TypeError(f"`family` must be a TaskFamily, of `task_family(name)` for instance; got {family!r}.")
+    if "changes" in family.sample(1, seed=0)[0]:
+        raise ValueError(
+            f"The tasks of `family` must not change already, as those of {family.name!r} do; give all steps at once."
+        )
     steps = [require_integer("steps", step, 1) for step in steps]
 
     def draw(generator: np.random.Generator, split: str) -> dict[str, Any]:

@@ -53,16 +53,9 @@ def ant_goal(
         terminate_when_unhealthy=False,
         exclude_current_positions_from_observation=False,
         # Staying at the start: the mean of |x| + |y| over the disc is 8 R / 3π.
-        task_blind_return=horizon * (bonus - 8 * radius / (3 * np.pi)),
+        task_blind_reward=bonus - 8 * radius / (3 * np.pi),
     )
 
 
-register_robot(
-    "Ant",
-    "Goal",
-    paid_for="goal",
-    goal=(1.0, 0.0),
-    terminate_when_unhealthy=False,
-    exclude_current_positions_from_observation=False,
-)
+register_robot("Ant", "Goal", ant_goal, paid_for="goal", goal=(1.0, 0.0))
 register_family("ant-goal", ant_goal)

@@ -142,8 +142,7 @@ def sparse_navigation(
 
     Args:
         num_goals: at least 5, of which the last fifth is the test. None: angles ~ U[0, π] in both (VariBAD, Zintgraf
-        et al.
-            2020, whose horizon is 100).
+            et al. 2020, whose horizon is 100).
     """
     horizon = require_integer("horizon", horizon, 1)
     if num_goals is None:

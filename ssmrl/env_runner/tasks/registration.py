@@ -11,7 +11,7 @@ import gymnasium
 
 from ssmrl.env_runner.tasks.family import TaskFamily
 
-__all__ = ["family_names", "native_environment", "register", "register_family", "task_family"]
+__all__ = ["family_names", "is_ours", "native_environment", "register", "register_family", "task_family"]
 
 _FAMILIES: dict[str, Callable[..., TaskFamily]] = {}
 
@@ -54,6 +54,12 @@ def native_environment(env: Any, kwargs: Mapping[str, Any]) -> str | None:
     if spec is None or spec.namespace != "ssmrl" or not spec.vector_entry_point:
         return None
     return None if "robot" in spec.kwargs and not _has_mujoco_batch() else spec.id
+
+
+def is_ours(env_id: str) -> bool:
+    """Whether `register` has registered it."""
+    spec = gymnasium.registry.get(env_id)
+    return spec is not None and spec.namespace == "ssmrl"
 
 
 def family_names() -> list[str]:

@@ -99,8 +99,8 @@ def _family(
         frame_skip=frame_skip,
         bonus=bonus,
         # The best constant velocity is the median; what starting and the controls cost comes on top of both.
-        task_blind_return=horizon * (bonus - (high - low) / 4),
-        oracle_return=horizon * bonus,
+        task_blind_reward=bonus - (high - low) / 4,
+        oracle_reward=bonus,
         **weights,
     )
 
@@ -110,5 +110,5 @@ for _robot, _factory in (
     ("Ant", ant_velocity),
     ("Walker2d", walker2d_velocity),
 ):
-    register_robot(_robot, "Vel", paid_for="velocity", velocity=1.0)
+    register_robot(_robot, "Vel", _factory, paid_for="velocity", velocity=1.0)
     register_family(f"{_robot.lower()}-vel", _factory)

@@ -65,18 +65,20 @@ def test_disabled_actuators():
     np.testing.assert_array_equal(actuator_mask(4, 2), [True, True, False, True])
     np.testing.assert_array_equal(actuator_mask(4, (0, 3)), [False, True, True, False])
     np.testing.assert_array_equal(actuator_mask(2, ()), [True, True])
+    np.testing.assert_array_equal(actuator_mask(2, np.array([False, True])), [True, False])
 
 
 @pytest.mark.parametrize(
     ("physics", "match"),
     [
         ({"wind": 1.0}, "has the parameters .*'gravity'.*; got 'wind'"),
-        ({"mass": (1.0, 2.0)}, r"`mass` must be a number, or hold 5 or 5 of them; got shape \(2,\)"),
+        ({"mass": (1.0, 2.0)}, r"`mass` must be a number, or hold 5 of them; got shape \(2,\)"),
         ({"friction": -1.0}, "`friction` must be finite and at least 0; got -1.0"),
         ({"gravity": np.inf}, "`gravity` must be finite"),
         ({"disabled": 3}, "`disabled` must be from 0 to 2; got 3"),
         ({"disabled": 0.5}, "must be the number of an actuator"),
         ({"disabled": True}, "must be the number of an actuator"),
+        ({"inertia": (1.0,) * 4}, r"hold 5 or 15 of them; got shape \(4,\)"),
     ],
 )
 def test_bad_physics_is_refused(model, physics, match):

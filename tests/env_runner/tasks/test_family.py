@@ -75,12 +75,47 @@ def test_changing_tasks_turn_into_others_of_the_family():
     assert seen == values[:3]
 
 
-def test_settings_are_shared_by_all_tasks():
-    family = task_family("pendulum-physics").with_settings(horizon=4)
-    env: Any = family.make(family.sample(1, 0)[0])
-    assert env.spec.max_episode_steps == 4
+def test_what_cannot_change_is_refused():
+    family = task_family("pendulum-physics")
     with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):
         changing(family, [0])
+    with pytest.raises(TypeError, match=r"`family` must be a TaskFamily, .*; got 'pendulum-physics'"):
+        changing("pendulum-physics", [3])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must not change already, as those of 'pendulum-physics-changing' do"):
+        changing(changing(family, [3]), [5])
+
+
+def test_settings_are_shared_by_all_tasks():
+    family = task_family("bandit").with_settings(horizon=4, arms=3)
+    env: Any = family.make({})
+    assert env.spec.max_episode_steps == 4
+    assert env.action_space.n == 3
+    assert family.with_settings(arms=2).horizon == 4
+
+
+def test_other_settings_leave_the_tasks_and_no_reference():
+    family = task_family("bandit")
+    assert None not in (family.task_blind_return, family.oracle_return)
+    other = family.with_settings(horizon=50)
+    assert (other.task_blind_return, other.oracle_return) == (None, None)
+    assert other.sample(3, 0) == family.sample(3, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"horizon": 0}, ValueError, "`horizon` must be at least 1; got 0"),
+        ({"horizon": 1.5}, TypeError, "`horizon` must be an integer; got 1.5"),
+        ({"max_episode_steps": 50}, ValueError, "`max_episode_steps` must not be .*: give its `horizon` .* got 50"),
+    ],
+)
+def test_settings_that_a_family_cannot_have_are_refused(settings, error, match):
+    family = task_family("pendulum-physics")
+    with pytest.raises(error, match=match):
+        family.with_settings(**settings)
+    horizon = settings.pop("horizon", None)
+    with pytest.raises(error, match=match):
+        TaskFamily(family.name, family.env_id, family.draw, horizon, settings)
 
 
 def test_two_sets_are_drawn_from_evenly():

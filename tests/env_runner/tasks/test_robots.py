@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssmrl.env_runner import Environment, task_family
-from ssmrl.env_runner.tasks.dynamics import MODEL_SIZES
+from ssmrl.env_runner import task_family
+from ssmrl.env_runner.tasks.disabled import disabled
+from ssmrl.env_runner.tasks.dynamics import MODEL_SIZES, one_parameter, random_parameters
 
 pytest.importorskip("mujoco.batch")
+import mujoco
+from gymnasium.envs.mujoco import MujocoEnv
 
 ROBOTS = [*MODEL_SIZES]
 DRAWS = 400
@@ -154,14 +157,14 @@ def test_one_parameter_families_have_their_published_ranges(robot):
 
 
 def test_disabled_joints_and_legs_of_the_test_are_not_met_in_training():
-    def disabled(name, split):
+    def met(name, split):
         return {task["disabled"] for task in task_family(name).sample(DRAWS, 0, split)}
 
-    assert disabled("halfcheetah-disabled", "train") == {1, 2, 3, 4, 5}
-    assert disabled("halfcheetah-disabled", "test") == {0}
-    assert disabled("ant-disabled", "train") == {(2, 3), (4, 5), (6, 7)}
-    assert disabled("ant-disabled", "test") == {(0, 1)}
-    assert disabled("humanoid-disabled", "train") == {*range(1, 17)}
+    assert met("halfcheetah-disabled", "train") == {1, 2, 3, 4, 5}
+    assert met("halfcheetah-disabled", "test") == {0}
+    assert met("ant-disabled", "train") == {(2, 3), (4, 5), (6, 7)}
+    assert met("ant-disabled", "test") == {(0, 1)}
+    assert met("humanoid-disabled", "train") == {*range(1, 17)}
     assert task_family("hopper-disabled").horizon == 1000
 
 
@@ -191,39 +194,134 @@ def test_bad_arguments_are_refused(name, arguments, match):
         task_family(name, **arguments)
 
 
-def test_the_task_blind_optimum_of_velocity_is_the_median():
-    """A body that has a velocity at once: what a constant one earns, in the mean over many tasks."""
-    family = task_family("halfcheetah-vel")
-    assert family.horizon is not None
-    velocities = np.array([task["velocity"] for task in family.sample(4000, 0)])
-    constants = np.linspace(0, 3, 61)
-    earned = -family.horizon * np.abs(velocities[:, None] - constants).mean(axis=0)
-    assert earned.max() == pytest.approx(family.task_blind_return, rel=0.02)
-    assert constants[earned.argmax()] == pytest.approx(1.5, abs=0.15)
-    assert family.oracle_return == 0
+@pytest.mark.parametrize(
+    ("factory", "match"),
+    [
+        (lambda: one_parameter("Cheetah", "mass"), r"`robot` must be one of \['HalfCheetah', .*; got 'Cheetah'"),
+        (lambda: random_parameters("X"), r"`robot` must be one of \['HalfCheetah', .*; got 'X'"),
+        (lambda: disabled("X"), r"`robot` must be one of \['HalfCheetah', .*; got 'X'"),
+        (lambda: one_parameter("Ant", "wind"), r"`parameter` must be one of \['gravity', .*; got 'wind'"),
+    ],
+)
+def test_unknown_robots_and_parameters_are_refused(factory, match):
+    with pytest.raises(ValueError, match=match):
+        factory()
 
 
-@pytest.mark.parametrize("name", ["halfcheetah-dir", "ant-dir"])
-def test_no_task_blind_policy_earns_more_than_the_optimum_of_direction(name):
-    """The same actions earn opposite amounts by their velocity: together no more than standing still."""
-    family = task_family(name)
-    assert family.horizon is not None
-    environment = Environment(family, tasks=[{"direction": 1.0}, {"direction": -1.0}], seed=0)
-    environment.reset(seed=0)
-    rng = np.random.default_rng(0)
-    size = environment.single_action_space.shape
-    state = environment.save()
-    generators = state["rows"]["generators"]
-    state["rows"]["generators"] = [generators[0], generators[0]]  # the same noise in both rows
-    environment.restore(state)
-    environment.reset()
-    returns, forward = np.zeros(2), np.zeros(2)
-    for _ in range(family.horizon):
-        action = np.tile(rng.uniform(-1, 1, size).astype(np.float32), (2, 1))
-        _, reward, terminated, _, info = environment.step(action)
-        if terminated.any():
-            break
-        returns += reward
-        forward += info["reward_forward"]
-    assert forward.sum() == 0
-    assert returns.mean() <= family.task_blind_return
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "error", "match"),
+    [
+        ("halfcheetah-vel", "control_cost", np.nan, ValueError, "`control_cost` must be finite; got nan"),
+        ("halfcheetah-dir", "control_cost", None, TypeError, "`control_cost` must be a number; got None"),
+        ("ant-vel", "contact_cost", np.inf, ValueError, "`contact_cost` must be finite; got inf"),
+        ("ant-angle", "bonus", -np.inf, ValueError, "`bonus` must be finite; got -inf"),
+        ("ant-goal", "bonus", np.nan, ValueError, "`bonus` must be finite; got nan"),
+        ("humanoid-dir", "scale", np.float32("nan"), ValueError, "`scale` must be finite; got nan"),
+        ("humanoid-dir", "contact_limit", np.nan, ValueError, "`contact_limit` must be finite; got nan"),
+        ("ant-mass", "ctrl_cost_weight", np.nan, ValueError, "`ctrl_cost_weight` must be finite; got nan"),
+        ("ant-goal", "frame_skip", 0, ValueError, "`frame_skip` must be at least 1; got 0"),
+        ("walker2d-vel", "frame_skip", 2.5, TypeError, "`frame_skip` must be an integer; got 2.5"),
+        ("ant-disabled", "frame_skip", -1, ValueError, "`frame_skip` must be at least 1; got -1"),
+        ("ant-vel", "horizon", 0, ValueError, "`horizon` must be at least 1; got 0"),
+        ("hopper-mass", "horizon", 2.0, TypeError, "`horizon` must be an integer; got 2.0"),
+    ],
+)
+def test_numbers_that_a_robot_cannot_have_are_refused(name, argument, value, error, match):
+    with pytest.raises(error, match=match):
+        task_family(name, **{argument: value})
+
+
+def test_what_contacts_cost_may_have_no_limit():
+    assert task_family("humanoid-dir", contact_limit=np.inf).settings["contact_limit"] == np.inf
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Play motions by hand: robots stand where they begin, but for a velocity that the test gives them.
+
+    Everything but MuJoCo's integration is the real environment: `play(family, tasks, velocity, action)` returns the
+    returns of one episode per task, velocities and actions being one for all tasks or one per task.
+    """
+    velocity = np.zeros(2)
+
+    def do_simulation(env, ctrl, n_frames):
+        root = 2 if env.model.nq > env.model.nv else 1  # Robots with a free joint are not held in a plane.
+        env.data.ctrl[:] = ctrl
+        env.data.qpos[:root] += velocity[:root] * env.model.opt.timestep * n_frames
+        mujoco.mj_forward(env.model, env.data)
+        mujoco.mj_rnePostConstraint(env.model, env.data)
+
+    monkeypatch.setattr(MujocoEnv, "do_simulation", do_simulation)
+
+    def play(family, tasks, velocities, action=0.0):
+        env: Any = family.with_settings(reset_noise_scale=0.0).make(tasks[0])
+        actions = np.full(env.action_space.shape, action, np.float32)
+        returns = np.zeros(len(tasks))
+        for i, task in enumerate(tasks):
+            velocity[:] = np.broadcast_to(velocities, (len(tasks), 2))[i]
+            env.unwrapped.set_task(task)
+            env.reset(seed=0)
+            for step in range(1, family.horizon + 1):
+                _, reward, terminated, truncated, _ = env.step(actions)
+                returns[i] += reward
+                assert (terminated, truncated) == (False, step == family.horizon)
+        return returns
+
+    return play
+
+
+def mean_and_error(returns):
+    """Mean over the tasks, and four times its standard error."""
+    return returns.mean(), 4 * returns.std() / np.sqrt(len(returns))
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-vel", "ant-vel", "walker2d-vel"])
+def test_the_task_blind_optimum_of_velocity_is_the_median(scripted, name):
+    low, high = (0, 10) if name == "walker2d-vel" else (0, 3)
+    family: Any = task_family(name, horizon=2)
+    tasks = family.sample(1500, 0)
+    earned = {}
+    for quantile in (0.25, 0.5, 0.75):
+        velocity = (low + quantile * (high - low), 0.0)
+        earned[quantile], error = mean_and_error(scripted(family, tasks, velocity))
+        if quantile == 0.5:
+            assert earned[quantile] == pytest.approx(family.task_blind_return, abs=error)
+            assert error < 0.07 * (high - low)
+    assert max(earned, key=lambda q: earned[q]) == 0.5
+    whole: Any = task_family(name)
+    assert whole.task_blind_return == pytest.approx(whole.horizon / 2 * family.task_blind_return)
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-vel", "ant-vel", "walker2d-vel"])
+def test_the_oracle_of_velocity_has_that_of_the_task(scripted, name):
+    family: Any = task_family(name)
+    tasks = family.sample(5, 0)
+    returns = scripted(family, tasks, [(task["velocity"], 0.0) for task in tasks])
+    np.testing.assert_allclose(returns, family.oracle_return, atol=1e-6)
+    assert (scripted(family, tasks, (-0.1, 0.0)) < family.oracle_return).all()
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-dir", "ant-dir", "ant-angle", "humanoid-dir"])
+def test_no_motion_under_all_directions_earns_more_than_standing_still(scripted, name):
+    whole: Any = task_family(name)
+    np.testing.assert_allclose(scripted(whole, whole.sample(2, 0), (0.0, 0.0)), whole.task_blind_return, atol=1e-6)
+    family: Any = task_family(name, horizon=2)
+    tasks = family.sample(600, 0)
+    mean, error = mean_and_error(scripted(family, tasks, (2.0, 0.5)))
+    assert 0 < error < 1
+    assert mean == pytest.approx(family.task_blind_return, abs=error)
+    acting, error = mean_and_error(scripted(family, tasks, (2.0, 0.5), action=0.4))
+    assert acting < mean
+    assert acting <= family.task_blind_return + error
+
+
+def test_the_task_blind_optimum_of_goals_is_to_stay_at_the_start(scripted):
+    family: Any = task_family("ant-goal", horizon=2)
+    tasks = family.sample(1200, 0)
+    staying, error = mean_and_error(scripted(family, tasks, (0.0, 0.0)))
+    assert staying == pytest.approx(family.task_blind_return, abs=error)
+    assert error < 0.05 * -staying
+    for velocity in ((4.0, 0.0), (-4.0, 0.0), (0.0, 4.0), (0.0, -4.0)):
+        assert scripted(family, tasks[:300], velocity).mean() < scripted(family, tasks[:300], (0.0, 0.0)).mean()
+    whole: Any = task_family("ant-goal")
+    assert whole.task_blind_return == pytest.approx(whole.horizon / 2 * family.task_blind_return)
