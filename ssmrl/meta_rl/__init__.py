@@ -1,16 +1,70 @@
 """Learning to adapt."""
 
+from ssmrl.meta_rl.baselines import ValueNetwork, fit_linear_baseline, linear_baseline, linear_features, value_loss
+from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
+from ssmrl.meta_rl.losses import (
+    clipped_surrogate_loss,
+    dice_loss,
+    entropy_bonus,
+    importance_ratio,
+    kl_penalty,
+    likelihood_ratio_loss,
+    loaded_dice_loss,
+    magic_box,
+    masked_mean,
+    surrogate_loss,
+)
 from ssmrl.meta_rl.meta_learner import MetaLearner
 from ssmrl.meta_rl.meta_maml import MetaMAML
 from ssmrl.meta_rl.objectives import implicit_loss, multi_step_loss, post_adaptation_loss, reptile_loss
+from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, PolicyOutput
+from ssmrl.meta_rl.policy_maml import PolicyBatch, PolicyLosses, adapt_policy, policy_meta_loss
+from ssmrl.meta_rl.returns import discounted_returns, generalized_advantages, lambda_returns, normalize_advantages
+from ssmrl.meta_rl.segments import count_episodes, episode_step
 from ssmrl.meta_rl.tasks import Task
+from ssmrl.meta_rl.trust_region import TrustRegionStep, trust_region_step
 
 __all__ = [
+    "Categorical",
+    "CategoricalHead",
+    "Distribution",
+    "Gaussian",
+    "GaussianHead",
     "MetaLearner",
     "MetaMAML",
+    "PolicyBatch",
+    "PolicyLosses",
+    "PolicyModel",
+    "PolicyOutput",
+    "TanhGaussian",
     "Task",
+    "TrustRegionStep",
+    "ValueNetwork",
+    "adapt_policy",
+    "clipped_surrogate_loss",
+    "count_episodes",
+    "dice_loss",
+    "discounted_returns",
+    "entropy_bonus",
+    "episode_step",
+    "fit_linear_baseline",
+    "generalized_advantages",
     "implicit_loss",
+    "importance_ratio",
+    "kl_penalty",
+    "lambda_returns",
+    "likelihood_ratio_loss",
+    "linear_baseline",
+    "linear_features",
+    "loaded_dice_loss",
+    "magic_box",
+    "masked_mean",
     "multi_step_loss",
+    "normalize_advantages",
+    "policy_meta_loss",
     "post_adaptation_loss",
     "reptile_loss",
+    "surrogate_loss",
+    "trust_region_step",
+    "value_loss",
 ]
