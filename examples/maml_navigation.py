@@ -24,6 +24,7 @@ import torch
 import torchopt
 import tyro
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ssmrl.core import MLP
@@ -157,7 +158,15 @@ def train(arguments, size, family, policy, losses):
                 )
                 return vmap(of_task)(batches).mean()
 
-            done = trust_region_step(loss, divergence, params, max_divergence=arguments.max_divergence)
+            # The curvature of a quarter of the episodes will do: the line search keeps the divergence of all in bounds.
+            some = [tree_map(lambda leaf: leaf[:, : max(size.episodes // 4, 1)], batch) for batch in batches]
+            done = trust_region_step(
+                loss,
+                divergence,
+                params,
+                curvature_fn=lambda params, some=some: divergence(params, some),
+                max_divergence=arguments.max_divergence,
+            )
             params = {name: p.detach() for name, p in done.params.items()}
             curve.append(returns)
             bar.set_postfix(before=f"{returns[0]:.1f}", after=f"{returns[1]:.1f}", step=f"{done.fraction:.2f}")

@@ -119,13 +119,14 @@ def policy_meta_loss(
     """outer_loss(θ_K, D_K) + mean_k η_k divergence(θ_k, D_k), for one task: what MAML's outer loop minimises.
 
     Args:
-        inner_loss, optimizer, **options: as for `adapt_policy`.
+        inner_loss, optimizer: as for `adapt_policy`.
         outer_loss: `(params, batch) -> scalar`, on the last batch.
         params: θ.
         batches: D_0, ..., D_K.
         divergence: of the adapted policies from those that collected the data at every inner step: ProMP's penalty,
             which keeps what the batches say true while the outer loop makes several steps on them. None: no penalty.
         divergence_weight: η, or one of each of the K inner steps.
+        **options: of `ssmrl.adapt`.
     """
     if not batches:
         raise ValueError("`batches` must hold at least the batch of the outer loss; got none.")

@@ -37,6 +37,7 @@ def trust_region_step(
     divergence_fn: Callable[[Any], Tensor],
     params: Any,
     *,
+    curvature_fn: Callable[[Any], Tensor] | None = None,
     max_divergence: float = 0.01,
     num_cg_steps: int = 10,
     damping: float = 1e-5,
@@ -54,6 +55,8 @@ def trust_region_step(
         divergence_fn: params -> scalar >= 0, with value 0 and gradient 0 at θ, such as the mean KL divergence from the
             policy that collected the data.
         params: θ, a pytree of floating-point tensors.
+        curvature_fn: what F is the Hessian of, for instance the divergence on a part of the data, which the line search
+            then corrects; None: the divergence itself.
         max_divergence: δ > 0.
         num_cg_steps: of conjugate gradients for s.
         damping: >= 0.
@@ -84,7 +87,8 @@ def trust_region_step(
         gradient = torch.autograd.grad(loss, at)
         if not (torch.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in gradient)):
             raise FloatingPointError(f"The loss and its gradient must be finite; the loss is {float(loss.detach())}.")
-        slope = torch.autograd.grad(divergence_fn(unflatten(at)), at, create_graph=True)
+        curved = divergence_fn if curvature_fn is None else curvature_fn
+        slope = torch.autograd.grad(curved(unflatten(at)), at, create_graph=True)
 
         def fisher_product(vector: Vector) -> Vector:
             return torch.autograd.grad(_dot(slope, vector), at, retain_graph=True)

@@ -94,6 +94,16 @@ def test_through_adaptation_it_uses_the_explicit_fisher_matrix():
     assert done.fraction > 0.5
 
 
+def test_the_curvature_can_be_that_of_something_cheaper():
+    def round_one(params):
+        return (params["w"] - START).square().sum() / 2
+
+    done = trust_region_step(linear, quadratic, {"w": START}, curvature_fn=round_one, max_divergence=0.02, damping=0.0)
+    moved = done.params["w"] - START
+    torch.testing.assert_close(moved / moved.norm(), -G / G.norm())  # the plain gradient, where F is the identity
+    assert float(done.divergence) <= 0.02
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
