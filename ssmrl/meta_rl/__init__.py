@@ -2,6 +2,7 @@
 
 from ssmrl.meta_rl.baselines import ValueNetwork, fit_linear_baseline, linear_baseline, linear_features, value_loss
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
+from ssmrl.meta_rl.evaluation import Interval, gap_closed, interquartile_mean, stratified_bootstrap
 from ssmrl.meta_rl.losses import (
     clipped_surrogate_loss,
     dice_loss,
@@ -30,6 +31,7 @@ __all__ = [
     "Distribution",
     "Gaussian",
     "GaussianHead",
+    "Interval",
     "MetaLearner",
     "MetaMAML",
     "PolicyBatch",
@@ -48,9 +50,11 @@ __all__ = [
     "entropy_bonus",
     "episode_step",
     "fit_linear_baseline",
+    "gap_closed",
     "generalized_advantages",
     "implicit_loss",
     "importance_ratio",
+    "interquartile_mean",
     "kl_penalty",
     "lambda_returns",
     "likelihood_ratio_loss",
@@ -64,6 +68,7 @@ __all__ = [
     "policy_meta_loss",
     "post_adaptation_loss",
     "reptile_loss",
+    "stratified_bootstrap",
     "surrogate_loss",
     "trust_region_step",
     "value_loss",
