@@ -217,6 +217,14 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
+def without_out(words: list[str]) -> list[str]:
+    """A command line without where its results go, which is no part of what they are."""
+    if "--out" not in words:
+        return words
+    at = words.index("--out")
+    return words[:at] + words[at + 2 :]
+
+
 def main(arguments: Arguments) -> None:
     """Run the parts that were asked for, and write what they found."""
     torch.set_num_threads(1)  # products this small gain nothing from threads
@@ -229,7 +237,7 @@ def main(arguments: Arguments) -> None:
         figures = runs[part](arguments)
         report[part] = {
             "figures": figures,
-            "command": " ".join(["python benchmarks/env_throughput.py", *sys.argv[1:]]),
+            "command": " ".join(["python benchmarks/env_throughput.py", *without_out(sys.argv[1:])]),
             "seconds": time.time() - begun,
             "versions": {n: version(n) for n in ("torch", "gymnasium", "mujoco", "envpool") if find_spec(n)},
             "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
