@@ -123,10 +123,26 @@ def collect(environment, policy, losses, params, episodes, seed):
     return batch, returns, trajectory.observation
 
 
+def after_a_step(losses, params, batch, rate):
+    """The parameters (N, ...) of every task after one inner step on its batch."""
+    optimizer = torchopt.sgd(rate)
+    return vmap(lambda p, b: adapt_policy(losses.likelihood_ratio, p, [b], optimizer=optimizer))(params, batch)
+
+
+def meta_objective(losses, outer_loss, batches, rate):
+    """The mean over tasks of an outer loss after the inner step, as a function of the policy's initial parameters."""
+    optimizer = torchopt.sgd(rate)
+
+    def of_task(params, batches):
+        return policy_meta_loss(losses.likelihood_ratio, outer_loss, params, batches, optimizer=optimizer)
+
+    return lambda params: vmap(of_task, (None, 0))(params, batches).mean()
+
+
 def train(arguments, size, family, policy, losses):
     """The initial policy, and the mean returns of every iteration before and after the inner step."""
     params = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    optimizer = torchopt.sgd(arguments.inner_lr)
+    rate = arguments.inner_lr
     rows = size.tasks * size.episodes
     nobody = [{"goal": (0.0, 0.0)}] * rows
     environment = Environment(family, tasks=nobody, out_of_bounds="clip")
@@ -142,29 +158,14 @@ def train(arguments, size, family, policy, losses):
                 batches.append(batch)
                 returns.append(float(mean.mean()))
                 if step == 0:
-                    of_tasks = vmap(lambda p, b: adapt_policy(losses.likelihood_ratio, p, [b], optimizer=optimizer))(
-                        of_tasks, batch
-                    )
-
-            def loss(params, batches=batches):
-                meta = lambda b: policy_meta_loss(  # noqa: E731
-                    losses.likelihood_ratio, losses.surrogate, params, b, optimizer=optimizer
-                )
-                return vmap(meta)(batches).mean()
-
-            def divergence(params, batches=batches):
-                of_task = lambda b: policy_meta_loss(  # noqa: E731
-                    losses.likelihood_ratio, losses.divergence, params, b, optimizer=optimizer
-                )
-                return vmap(of_task)(batches).mean()
-
+                    of_tasks = after_a_step(losses, of_tasks, batch, rate)
             # The curvature of a quarter of the episodes will do: the line search keeps the divergence of all in bounds.
             some = [tree_map(lambda leaf: leaf[:, : max(size.episodes // 4, 1)], batch) for batch in batches]
             done = trust_region_step(
-                loss,
-                divergence,
+                meta_objective(losses, losses.surrogate, batches, rate),
+                meta_objective(losses, losses.divergence, batches, rate),
                 params,
-                curvature_fn=lambda params, some=some: divergence(params, some),
+                curvature_fn=meta_objective(losses, losses.divergence, some, rate),
                 max_divergence=arguments.max_divergence,
             )
             params = {name: p.detach() for name, p in done.params.items()}
@@ -185,10 +186,7 @@ def test(arguments, size, family, policy, losses, params):
         batch, mean, seen = collect(environment, policy, losses, of_tasks, size.episodes, seed)
         returns.append(mean)
         paths.append(seen[:, 0])
-        optimizer = torchopt.sgd(arguments.inner_lr if update == 0 else arguments.inner_lr / 2)
-        of_tasks = vmap(lambda p, b, o=optimizer: adapt_policy(losses.likelihood_ratio, p, [b], optimizer=o))(
-            of_tasks, batch
-        )
+        of_tasks = after_a_step(losses, of_tasks, batch, arguments.inner_lr / (1 if update == 0 else 2))
     return torch.stack(returns), paths, goals
 
 

@@ -14,6 +14,7 @@ from torchopt.base import GradientTransformation
 from ssmrl.adaptation.inner_loop import adapt
 from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_positive
 from ssmrl.adaptation.recompute import of_some, refuse_captured, scatter, taken_apart
+from ssmrl.adaptation.tree import dot
 
 __all__ = ["Solver", "adapt_implicitly", "conjugate_gradient", "neumann_series"]
 
@@ -91,13 +92,13 @@ def conjugate_gradient(num_steps: int) -> Solver:
     def solve(product: Callable[[Vector], Vector], b: Vector) -> Vector:
         x = tuple(torch.zeros_like(t) for t in b)
         residual = direction = b
-        square = _dot(residual, residual)
+        square = dot(residual, residual)
         for _ in range(num_steps):
             image = product(direction)
-            step = _ratio(square, _dot(direction, image))
+            step = _ratio(square, dot(direction, image))
             x = _add(x, step, direction)
             residual = _add(residual, -step, image)
-            next_square = _dot(residual, residual)
+            next_square = dot(residual, residual)
             direction = _add(residual, _ratio(next_square, square), direction)
             square = next_square
         return x
@@ -158,10 +159,6 @@ class _Minimum(Function):
         mixed = pullback(solution)[count:]
         of_others = scatter([-m / ctx.strength for m in mixed], needed, len(at) - count)
         return None, None, None, None, None, *solution, *of_others
-
-
-def _dot(left: Vector, right: Vector) -> Tensor:
-    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
 def _add(x: Vector, step: Tensor, direction: Vector) -> Vector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchopt import pytree
 
-__all__ = ["all_finite", "all_finite_on_host", "is_there", "tree_leaves", "tree_map"]
+__all__ = ["all_finite", "all_finite_on_host", "dot", "is_there", "tree_leaves", "tree_map"]
 
 tree_map: Callable[..., Any] = pytree.tree_map
 tree_leaves: Callable[..., list[Any]] = pytree.tree_leaves
@@ -34,6 +34,11 @@ def all_finite_on_host(tree: Any) -> Tensor:
     if leaves and bool(seen := torch.isfinite(reduce(torch.add, [leaf.sum() for leaf in leaves]))):
         return seen
     return all_finite(tree)
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Σ_i ⟨left_i, right_i⟩, the scalar product of two vectors in pieces of equal shapes."""
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
 def _floating(tree: Any) -> list[Tensor]:

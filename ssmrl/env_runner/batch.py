@@ -5,7 +5,6 @@ Letters: B rows, D features of an observation, A action components.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,15 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ssmrl.env_runner._checks import require_integer
-from ssmrl.env_runner.simulation import Simulation, State, Task, UnstableSimulationError, check_tasks
+from ssmrl.env_runner.simulation import (
+    Simulation,
+    State,
+    Task,
+    UnstableSimulationError,
+    check_tasks,
+    load_generator,
+    save_generator,
+)
 
 __all__ = ["BatchedEnv"]
 
@@ -73,7 +80,7 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         Raises:
             ValueError, TypeError: there are not B of them, or one has a wrong name or value. Nothing has changed then.
         """
-        self.simulation.set_tasks([{**self._defaults, **task} for task in check_tasks(tasks, self.num_envs)])
+        self.simulation.set_tasks(check_tasks(tasks, self.num_envs, self._defaults))
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -175,7 +182,7 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             "elapsed": self._elapsed.copy(),
             "ended": self._ended.copy(),
             "observation": self._observation.copy(),
-            "generators": [copy.deepcopy(g.bit_generator.state) for g in self._generators],
+            "generators": [save_generator(generator) for generator in self._generators],
         }
 
     def restore(self, state: State) -> None:
@@ -188,9 +195,7 @@ class BatchedEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         self._ended = np.array(state["ended"], np.bool_)
         self._failed = False
         self._observation = np.array(state["observation"])
-        self._generators = [np.random.Generator(np.random.PCG64(0)) for _ in state["generators"]]
-        for generator, saved in zip(self._generators, state["generators"], strict=True):
-            generator.bit_generator.state = copy.deepcopy(saved)
+        self._generators = [load_generator(saved) for saved in state["generators"]]
 
     def _begin(self, rows: NDArray[np.bool_], options: Mapping[str, Any]) -> dict[str, Any]:
         info = self.simulation.begin(np.flatnonzero(rows), self._generators, options)

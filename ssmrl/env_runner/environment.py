@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ssmrl.env_runner._checks import require_integer
 from ssmrl.env_runner.batch import BatchedEnv
 from ssmrl.env_runner.rows import restore_rows, save_rows, set_row_tasks
-from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError, check_tasks
+from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError, check_tasks, save_generator
 from ssmrl.env_runner.tasks.family import TaskFamily
 from ssmrl.env_runner.tasks.registration import family_names, task_family
 from ssmrl.env_runner.vectorize import UNLIMITED, Maker, make_rows
@@ -182,7 +182,7 @@ class Environment(VectorWrapper):
             "tasks": self.tasks,
             "seed": self._seed,
             "ended": None if self._ended is None else self._ended.copy(),
-            "action_space": copy.deepcopy(self.action_space.np_random.bit_generator.state),
+            "action_space": save_generator(self.action_space.np_random),
         }
 
     def restore(self, state: State) -> None:

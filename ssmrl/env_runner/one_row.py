@@ -10,7 +10,15 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from ssmrl.env_runner.simulation import Simulation, State, Task, UnstableSimulationError, check_tasks
+from ssmrl.env_runner.simulation import (
+    Simulation,
+    State,
+    Task,
+    UnstableSimulationError,
+    check_tasks,
+    load_generator,
+    save_generator,
+)
 
 __all__ = ["Drawn", "OneRowEnv"]
 
@@ -56,7 +64,7 @@ class OneRowEnv(gymnasium.Env[Any, Any]):
 
         What it does not give is as in the constructor.
         """
-        self.simulation.set_tasks(check_tasks([{**self._defaults, **task}]))
+        self.simulation.set_tasks(check_tasks([task], 1, self._defaults))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode."""
@@ -83,15 +91,14 @@ class OneRowEnv(gymnasium.Env[Any, Any]):
         return {
             "task": copy.deepcopy(dict(self.simulation.tasks[0])),
             "simulation": self.simulation.save(),
-            "generator": copy.deepcopy(self.np_random.bit_generator.state),
+            "generator": save_generator(self.np_random),
         }
 
     def restore(self, state: State) -> None:
         """Be what `save` saw, bit for bit; the environment must have been made with the same settings."""
         self.set_task(state["task"])
         self.simulation.restore(state["simulation"])
-        self.np_random = np.random.Generator(np.random.PCG64(0))
-        self.np_random.bit_generator.state = copy.deepcopy(state["generator"])
+        self.np_random = load_generator(state["generator"])
 
 
 def _first(info: Mapping[str, Any]) -> dict[str, Any]:

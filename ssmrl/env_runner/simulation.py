@@ -13,7 +13,17 @@ import numpy as np
 from gymnasium import Space
 from numpy.typing import NDArray
 
-__all__ = ["Rows", "Simulation", "State", "Task", "Transition", "UnstableSimulationError", "check_tasks"]
+__all__ = [
+    "Rows",
+    "Simulation",
+    "State",
+    "Task",
+    "Transition",
+    "UnstableSimulationError",
+    "check_tasks",
+    "load_generator",
+    "save_generator",
+]
 
 Task = Mapping[str, Any]
 """A task: arguments of an environment's constructor by name; numbers, or tuples of numbers."""
@@ -92,8 +102,15 @@ class UnstableSimulationError(RuntimeError):
         self.source = source
 
 
-def check_tasks(tasks: Any, num_rows: int | None = None) -> list[dict[str, Any]]:
+def check_tasks(
+    tasks: Any, num_rows: int | None = None, defaults: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Return deep copies of tasks as dicts, the steps of their `changes` as integers, which JSON makes strings.
+
+    Args:
+        tasks: a list of mappings.
+        num_rows: how many there must be; None: any number.
+        defaults: parameters of every task that it does not give itself.
 
     Raises:
         TypeError: it is not a list of mappings.
@@ -107,7 +124,7 @@ def check_tasks(tasks: Any, num_rows: int | None = None) -> list[dict[str, Any]]
     for row, task in enumerate(tasks):
         if not isinstance(task, Mapping):
             raise TypeError(f"`tasks[{row}]` must be a mapping of parameters; got {task!r}.")
-        copied: dict[str, Any] = copy.deepcopy(dict(task))
+        copied: dict[str, Any] = copy.deepcopy({**(defaults or {}), **task})
         changes = copied.get("changes")
         if changes is not None:
             if not isinstance(changes, Mapping) or not all(isinstance(c, Mapping) for c in changes.values()):
@@ -115,3 +132,15 @@ def check_tasks(tasks: Any, num_rows: int | None = None) -> list[dict[str, Any]]
             copied["changes"] = {int(n) if isinstance(n, str) and n.isdigit() else n: c for n, c in changes.items()}
         checked.append(copied)
     return checked
+
+
+def save_generator(generator: np.random.Generator) -> State:
+    """Return where a generator of Gymnasium's stands, in JSON values."""
+    return copy.deepcopy(dict(generator.bit_generator.state))
+
+
+def load_generator(state: State) -> np.random.Generator:
+    """Return a generator that stands where `save_generator` saw one."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    generator.bit_generator.state = copy.deepcopy(state)
+    return generator

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmrl.core import functional_forward
+from ssmrl.core.base import check_dimensions
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
 
 __all__ = ["CategoricalHead", "GaussianHead", "PolicyModel", "PolicyOutput"]
@@ -42,7 +43,8 @@ class CategoricalHead(nn.Module):
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
-        self.num_outputs = _positive("num_actions", num_actions)
+        check_dimensions(num_actions=num_actions)
+        self.num_outputs = num_actions
 
     def forward(self, output: Tensor) -> Categorical:
         """(..., A) -> a distribution over (...)."""
@@ -71,7 +73,8 @@ class GaussianHead(nn.Module):
         min_log_std: float = math.log(1e-6),
     ) -> None:
         super().__init__()
-        self.action_dim = _positive("action_dim", action_dim)
+        check_dimensions(action_dim=action_dim)
+        self.action_dim = action_dim
         if not math.isfinite(log_std):
             raise ValueError(f"`log_std` must be finite; got {log_std}.")
         self.num_outputs = 2 * action_dim if depends_on_input else action_dim
@@ -141,9 +144,3 @@ class PolicyModel(nn.Module):
         output, state = functional_forward(self, params, x, hidden_state, reset=reset)
         distribution: Any = output.distribution  # type: ignore[attr-defined]
         return (distribution.mode() if noise is None else distribution.sample(noise)), state
-
-
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
-    return value

@@ -10,7 +10,7 @@ Letters: E episodes, T steps, D inputs, K inner steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,11 +98,8 @@ def adapt_policy(
         optimizer: a TorchOpt transformation; its state is carried from step to step.
         **options: of `ssmrl.adapt`, `first_order` for instance.
     """
-    state = None
-    for batch in batches:
-        adapted = adapt(inner_loss, params, batch, optimizer=optimizer, num_steps=1, optimizer_state=state, **options)
-        params, state = adapted.params, adapted.optimizer_state
-    return params
+    *_, adapted = _path(inner_loss, params, batches, optimizer, options)
+    return adapted
 
 
 def policy_meta_loss(
@@ -131,12 +128,26 @@ def policy_meta_loss(
     if not batches:
         raise ValueError("`batches` must hold at least the batch of the outer loss; got none.")
     weights = torch.as_tensor(divergence_weight, dtype=torch.get_default_dtype()).expand(len(batches) - 1)
+    *before, params = _path(inner_loss, params, batches[:-1], optimizer, options)
     penalty: Any = 0.0
-    state = None
-    for k, batch in enumerate(batches[:-1]):
-        if divergence is not None:
-            penalty = penalty + weights[k] * divergence(params, batch) / (len(batches) - 1)
-        adapted = adapt(inner_loss, params, batch, optimizer=optimizer, num_steps=1, optimizer_state=state, **options)
-        params, state = adapted.params, adapted.optimizer_state
+    if divergence is not None:
+        for weight, at, batch in zip(weights, before, batches, strict=False):
+            penalty = penalty + weight * divergence(at, batch) / len(before)
     loss: Tensor = outer_loss(params, batches[-1]) + penalty
     return loss
+
+
+def _path(
+    inner_loss: Loss,
+    params: Any,
+    batches: Sequence[PolicyBatch],
+    optimizer: GradientTransformation,
+    options: Mapping[str, Any],
+) -> Iterator[Any]:
+    """Yield θ_0, ..., θ_K: the parameters before the step on every batch, and after the last."""
+    state = None
+    yield params
+    for batch in batches:
+        adapted = adapt(inner_loss, params, batch, optimizer=optimizer, num_steps=1, optimizer_state=state, **options)
+        params, state = adapted.params, adapted.optimizer_state
+        yield params

@@ -12,6 +12,7 @@ from torchopt import pytree
 
 from ssmrl.adaptation.implicit import conjugate_gradient
 from ssmrl.adaptation.optim import check_num_steps, check_positive
+from ssmrl.adaptation.tree import dot
 
 __all__ = ["TrustRegionStep", "trust_region_step"]
 
@@ -91,13 +92,13 @@ def trust_region_step(
         slope = torch.autograd.grad(curved(unflatten(at)), at, create_graph=True)
 
         def fisher_product(vector: Vector) -> Vector:
-            return torch.autograd.grad(_dot(slope, vector), at, retain_graph=True)
+            return torch.autograd.grad(dot(slope, vector), at, retain_graph=True)
 
         def damped_product(vector: Vector) -> Vector:
             return tuple(image + damping * v for image, v in zip(fisher_product(vector), vector, strict=True))
 
         direction = solve(damped_product, gradient)
-        curvature = _dot(direction, damped_product(direction))
+        curvature = dot(direction, damped_product(direction))
     before = loss.detach()
     with torch.no_grad():
         longest = torch.sqrt(2 * max_divergence / curvature)
@@ -110,10 +111,3 @@ def trust_region_step(
             if bool((after < before) & (moved <= max_divergence)):
                 return TrustRegionStep(unflatten(candidate), before, after, moved, fraction)
         return TrustRegionStep(params, before, before, torch.zeros_like(before), 0.0)
-
-
-def _dot(a: Vector, b: Vector) -> Tensor:
-    total = torch.zeros((), dtype=a[0].dtype, device=a[0].device)
-    for x, y in zip(a, b, strict=True):
-        total = total + (x * y).sum()
-    return total

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from ssmrl.adaptation.tree import all_finite, all_finite_on_host, is_there, tree_leaves, tree_map
+from ssmrl.adaptation.tree import all_finite, all_finite_on_host, dot, is_there, tree_leaves, tree_map
 
 over_ways = pytest.mark.parametrize("finite", [all_finite, all_finite_on_host])
 
@@ -86,3 +86,11 @@ def test_the_largest_and_smallest_numbers_of_a_dtype_are_finite(finite, dtype):
     assert bool(finite(torch.tensor([limits.max, -limits.max, limits.tiny, -0.0], dtype=dtype)))
     assert bool(finite((torch.empty(0, dtype=dtype), {})))
     assert not bool(finite((torch.empty(0, dtype=dtype), torch.tensor(-float("inf"), dtype=dtype))))
+
+
+def test_the_product_of_vectors_in_pieces_is_that_of_the_whole():
+    left = (torch.tensor([1.0, 2.0]), torch.tensor([[3.0], [4.0]]))
+    right = (torch.tensor([5.0, 6.0]), torch.tensor([[7.0], [8.0]]))
+    assert float(dot(left, right)) == 1 * 5 + 2 * 6 + 3 * 7 + 4 * 8
+    with pytest.raises(ValueError, match="shorter"):
+        dot(left, right[:1])

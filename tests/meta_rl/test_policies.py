@@ -82,8 +82,8 @@ def test_acting_uses_the_parameters_that_it_is_given():
     [
         (lambda: PolicyModel(GRU(5, 3, 4), GaussianHead(2)), "`model` must have 2 outputs, .*; got 4"),
         (lambda: PolicyModel(GRU(5, 3, 2), GaussianHead(2), has_value=True), "must have 3 outputs"),
-        (lambda: GaussianHead(0), "`action_dim` must be a positive integer; got 0"),
-        (lambda: CategoricalHead(2.5), "`num_actions` must be a positive integer; got 2.5"),  # type: ignore[arg-type]
+        (lambda: GaussianHead(0), "^action_dim must be a positive integer; got 0"),
+        (lambda: CategoricalHead(2.5), "^num_actions must be a positive integer; got 2.5"),  # type: ignore[arg-type]
         (lambda: GaussianHead(2, log_std=math.nan), "`log_std` must be finite; got nan"),
     ],
 )

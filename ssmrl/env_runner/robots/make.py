@@ -55,10 +55,8 @@ def make_batch(
     """
     num_threads = kwargs.pop("num_threads", None)
     reward, task, settings = _sorted(robot, paid_for, kwargs)
-    rows = check_tasks([{}] * num_envs if tasks is None else tasks, num_envs)
-    simulation = RobotSimulation(
-        robot, [{**task, **row} for row in rows], reward=reward, num_threads=num_threads, **settings
-    )
+    rows = check_tasks([{}] * num_envs if tasks is None else tasks, num_envs, task)
+    simulation = RobotSimulation(robot, rows, reward=reward, num_threads=num_threads, **settings)
     return BatchedEnv(simulation, max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode, defaults=task)
 
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from ssmrl.env_runner._checks import require_integer
 from ssmrl.env_runner.robots.definitions import robot
 from ssmrl.env_runner.robots.log import log_warnings
-from ssmrl.env_runner.robots.physics import FACTORS, actuator_mask, model_fields
+from ssmrl.env_runner.robots.physics import FACTORS, model_fields
 from ssmrl.env_runner.robots.reward import Reward
 from ssmrl.env_runner.robots.single import is_unstable
 from ssmrl.env_runner.robots.task import RobotTask, factors_of, parse_task, report
 from ssmrl.env_runner.schedule import Schedule
-from ssmrl.env_runner.simulation import Rows, State, Task, Transition, UnstableSimulationError, check_tasks
+from ssmrl.env_runner.simulation import Rows, State, Task, Transition, UnstableSimulationError
 
 __all__ = ["RobotSimulation"]
 
@@ -86,7 +86,8 @@ class RobotSimulation:
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every row another task."""
         self._tasks = [self._parsed(task, row) for row, task in enumerate(tasks)]
-        self.tasks = check_tasks(list(tasks))
+        self.tasks = list(tasks)
+        self._reports: list[dict[str, NDArray[Any]]] = [{}] * len(tasks)
         self._factors = factors_of(self._tasks)
         self._schedule = Schedule([task.changes for task in self._tasks], per_episode=self._per_episode)
         self._apply(np.arange(len(tasks)))
@@ -118,7 +119,7 @@ class RobotSimulation:
             data.cfrc_ext[rows] = 0.0
         self._position[rows] = self._robot.position(data, self._settings)[rows]
         info: dict[str, Any] = {name: value[rows] for name, value in self._robot.info(data, None).items()}
-        info["task"] = {name: value[rows] for name, value in self._shown.items()}
+        info["task"] = {name: value[rows] for name, value in self._now.items()}
         return info
 
     def advance(self, actions: NDArray[Any], rows: Rows | None) -> Transition:
@@ -136,13 +137,13 @@ class RobotSimulation:
         if self._reward is None:
             reward, parts = self._robot.reward(motion, self._settings)
         else:
-            reward, parts = self._reward(self._parameters, motion)
+            reward, parts = self._reward(self._now, motion)
         info: dict[str, Any] = {**self._robot.info(data, motion), **parts}
         terminated = self._robot.terminated(motion, self._settings)
         changed = self._schedule.advance(rows)
         if len(changed):
             self._apply(changed)
-            info["task"] = {name: value.copy() for name, value in self._shown.items()}
+            info["task"] = {name: value.copy() for name, value in self._now.items()}
             info["_task"] = np.isin(np.arange(len(self.tasks)), changed)
         return Transition(reward, terminated, info)
 
@@ -174,12 +175,9 @@ class RobotSimulation:
         except ValueError as error:
             raise ValueError(f"Row {row}: {error}") from None
 
-    def _current(self, row: int) -> RobotTask:
-        return self._tasks[row].changed(self._schedule.values(row))
-
     def _apply(self, rows: NDArray[np.intp]) -> None:
         """Set what the tasks of these rows are now: physics, disabled actuators and parameters of the reward."""
-        tasks = [self._current(row) for row in rows]
+        tasks = [self._tasks[row].changed(self._schedule.values(row)) for row in rows]
         names = [name for name in FACTORS if name in self._factors or FACTORS[name] in self._written]
         self._written |= {FACTORS[name] for name in names}
         if names:
@@ -190,17 +188,14 @@ class RobotSimulation:
             self._batch.set_const(rows)
             if "body_mass" in targets:
                 self._data.mass = targets["body_mass"]
-        if len(rows) == len(self.tasks):
-            num_actuators = self._model.nu
-            self._mask = np.ones((len(rows), num_actuators), np.bool_)
-            self._parameters = {name: np.zeros((len(rows), *v.shape)) for name, v in self._tasks[0].reward.items()}
         for row, task in zip(rows, tasks, strict=True):
-            self._mask[row] = actuator_mask(self._model.nu, task.physics.get("disabled", ()))
-            for name, value in task.reward.items():
-                self._parameters[name][row] = value
+            self._reports[row] = report(task, self._model.nu, self._factors)
+        # Name -> (B, ...), as the info tells it; the reward's parameters and the mask are among it.
+        self._now = {
+            name: np.stack(np.broadcast_arrays(*(told[name] for told in self._reports))) for name in self._reports[0]
+        }
+        self._mask = ~self._now["disabled"]
         self._disabled = not self._mask.all()
-        shown = [report(self._current(row), self._model.nu, self._factors) for row in range(len(self.tasks))]
-        self._shown = {name: np.stack(np.broadcast_arrays(*(s[name] for s in shown))) for name in shown[0]}
 
     def _check_stable(self) -> None:
         unstable = is_unstable(self._batch.warning[:, :, 1])

@@ -21,7 +21,14 @@ from ssmrl.env_runner.robots.physics import actuator_mask, model_fields, set_phy
 from ssmrl.env_runner.robots.reward import Reward
 from ssmrl.env_runner.robots.task import RobotTask, factors_of, parse_task, report
 from ssmrl.env_runner.schedule import Schedule
-from ssmrl.env_runner.simulation import State, Task, UnstableSimulationError, check_tasks
+from ssmrl.env_runner.simulation import (
+    State,
+    Task,
+    UnstableSimulationError,
+    check_tasks,
+    load_generator,
+    save_generator,
+)
 
 if TYPE_CHECKING:
     import mujoco
@@ -97,7 +104,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
         What it does not give is as in the constructor.
         """
-        (given,) = check_tasks([{**self._defaults, **task}])
+        (given,) = check_tasks([task], 1, self._defaults)
         self._task = parse_task(self._nominal, self._reward, given)
         self._given = given
         self._factors = factors_of([self._task])
@@ -117,12 +124,12 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
     def step(self, action: Any) -> tuple[NDArray[np.float64], Any, bool, bool, dict[str, Any]]:
         """Make a step."""
-        before = self._robot.position(self._data.now(), self._settings)
+        before = None if self._reward is None else self._robot.position(self._data.now(), self._settings)
         applied = action * self._mask if self._disabled else action
         observation, reward, terminated, truncated, info = self._inner.step(applied)
         if is_unstable(self._inner.data.warning.number[None])[0]:
             raise UnstableSimulationError(f"The simulation became unstable under the task {self._given}.", self)
-        if self._reward is not None:
+        if self._reward is not None and before is not None:
             data = self._data.now()
             motion = self._robot.motion(data, self._settings, before, np.asarray(applied)[None], self._inner.dt)
             rewards, parts = self._reward(self._parameters, motion)
@@ -155,7 +162,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
             "steps": self._schedule.steps.copy(),
             "physics": state,
             "positions": np.concatenate((data.xpos, data.xipos)),
-            "generator": copy.deepcopy(self.np_random.bit_generator.state),
+            "generator": save_generator(self.np_random),
         }
 
     def restore(self, state: State) -> None:
@@ -171,8 +178,7 @@ class RobotEnv(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         mujoco.mj_setState(self._inner.model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         # Velocities are differences of positions that MuJoCo derived a simulation step before the state.
         data.xpos[:], data.xipos[:] = np.split(np.asarray(state["positions"]), 2)
-        self.np_random = np.random.Generator(np.random.PCG64(0))
-        self.np_random.bit_generator.state = copy.deepcopy(state["generator"])
+        self.np_random = load_generator(state["generator"])
 
     def _current(self) -> RobotTask:
         return self._task.changed(self._schedule.values(0))

@@ -106,7 +106,7 @@ class ArraySimulation:
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every row another task; what it is in the middle of goes on under it."""
         self._parameters = Parameters(self.dynamics.parameters, tasks, per_episode=self._per_episode)
-        self.tasks: list[Task] = [*check_tasks(list(tasks))]
+        self.tasks: list[Task] = list(tasks)
         self._derived = self.dynamics.derive(self._parameters.values)
 
     def begin(
@@ -195,8 +195,8 @@ def make_rows(
 ) -> BatchedEnv:
     """Make a native batch of `num_envs` rows; what is missing in a row's task is in `kwargs`, beside the settings."""
     dynamics, task, settings = sort_arguments(kind, kwargs)
-    rows = check_tasks([{}] * num_envs if tasks is None else tasks, num_envs)
-    simulation = ArraySimulation(dynamics, [{**task, **row} for row in rows], **settings)
+    rows = check_tasks([{}] * num_envs if tasks is None else tasks, num_envs, task)
+    simulation = ArraySimulation(dynamics, rows, **settings)
     return BatchedEnv(simulation, max_episode_steps=max_episode_steps, autoreset_mode=autoreset_mode, defaults=task)
 
 

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 
-from ssmrl.env_runner.simulation import State, Task, check_tasks
+from ssmrl.env_runner.simulation import State, Task, check_tasks, load_generator, save_generator
 from ssmrl.env_runner.tasks.cartpole import CartPole
 from ssmrl.env_runner.tasks.parameters import Parameter, Parameters
 from ssmrl.env_runner.tasks.pendulum import Pendulum
@@ -63,7 +63,7 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
 
         What it does not give is as in the constructor.
         """
-        (given,) = check_tasks([{**self._defaults, **task}])
+        (given,) = check_tasks([task], 1, self._defaults)
         self._parameters = Parameters(self._known, [given], per_episode=self._per_episode)
         self._given = given
         self._apply()
@@ -100,7 +100,7 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
             "steps": self._parameters.steps,
             "state": None if self._inner.state is None else self._inner.state.copy(),
             "beyond": self._inner.steps_beyond_terminated,
-            "generator": copy.deepcopy(self.np_random.bit_generator.state),
+            "generator": save_generator(self.np_random),
         }
 
     def restore(self, state: State) -> None:
@@ -111,8 +111,7 @@ class ClassicEnv(gymnasium.Env[Any, Any]):
         self._inner.state = None if state["state"] is None else np.array(state["state"], np.float64)
         self._inner.steps_beyond_terminated = state["beyond"]
         self._inner.last_u = None  # The torque that Pendulum draws an arrow of.
-        self.np_random = np.random.Generator(np.random.PCG64(0))
-        self.np_random.bit_generator.state = copy.deepcopy(state["generator"])
+        self.np_random = load_generator(state["generator"])
 
     def _task(self) -> dict[str, float]:
         return {name: float(value[0]) for name, value in self._parameters.values.items()}
