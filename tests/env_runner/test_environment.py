@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import multiprocessing
 from collections import deque
 from functools import partial
 from typing import Any
@@ -12,12 +10,12 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.error import ClosedEnvironmentError, NameNotFound
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit, TransformReward
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorStatistics
 from gymnasium.wrappers.vector import RescaleAction
 
-from ssmrl.env_runner import Environment, UnstableSimulationError, changing, derive_seed, task_family
+from ssmrl.env_runner import Environment, UnstableSimulationError, derive_seed, task_family
 
 # Python 3.12 warns of fork in a process with threads, which torch starts.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -106,13 +104,6 @@ def test_render_returns_one_frame_per_row(counting):
     environment = Environment(lambda: Rendering(counting(2)()), 2)
     environment.reset()
     assert environment.render() == ("episode 0", "episode 0")
-
-
-def test_arguments_reach_the_environment_of_an_id_and_of_a_spec():
-    for env in ("Pendulum-v1", gymnasium.spec("Pendulum-v1")):
-        environment = Environment(env, 2, g=3.0, vectorization_mode="sync")
-        assert isinstance(environment.unwrapped, SyncVectorEnv)
-        assert environment.unwrapped.get_attr("g") == (3.0, 3.0)
 
 
 def test_every_row_can_be_a_task_of_its_own(counting):
@@ -396,19 +387,6 @@ def test_what_is_no_environment_is_refused(counting):
         Environment(counting(1), g=3.0)
 
 
-def test_the_spec_of_a_vector_environment_is_refused():
-    spec = gymnasium.make_vec("CartPole-v1", 4, vectorization_mode="sync").spec
-    assert spec is not None
-    with pytest.raises(ValueError, match="spec of a single environment"):
-        Environment(spec, 2)
-
-
-def test_rows_that_share_one_environment_are_refused(counting):
-    env = counting(2)()
-    with pytest.raises(ValueError, match="new environment at every call; rows 0 and 1"):
-        Environment(lambda: env, 2)
-
-
 @pytest.mark.parametrize(
     ("actions", "error", "message"),
     [
@@ -495,116 +473,6 @@ def test_an_error_names_the_task_of_its_row():
             environment.step([[0.0], [wrong]])
 
 
-def test_the_name_of_a_family_is_an_environment_of_its_tasks():
-    family = task_family("pendulum-physics")
-    tasks = family.sample(3, seed=0)
-    by_name, by_family = Environment("pendulum-physics", tasks=tasks), Environment(family, tasks=tasks)
-    assert by_name.tasks == by_family.tasks == tasks
-    assert by_name.batch_size == 3
-    np.testing.assert_array_equal(by_name.reset(seed=0)[0], by_family.reset(seed=0)[0])
-    with pytest.raises(ValueError, match=r"`tasks` must be given with the family 'pendulum-physics'"):
-        Environment(family)
-    with pytest.raises(TypeError, match="`tasks` need a family or an id"):
-        Environment(CartPoleEnv, tasks=[{}])
-
-
-@pytest.mark.parametrize("kind", ["native", "sync"])
-def test_other_tasks_take_the_place_of_the_rows_own(kind):
-    family = task_family("pendulum-physics")
-    first, second = family.sample(2, seed=0), family.sample(2, seed=1)
-    environment = Environment(family, tasks=first, seed=0, vectorization_mode=kind)
-    fresh = Environment(family, tasks=second, seed=0, vectorization_mode=kind)
-    environment.reset()
-    environment.step(np.zeros((2, 1), np.float32))
-    environment.set_tasks(second)
-    with pytest.raises(ValueError, match="`reset` must be called before"):
-        environment.step(np.zeros((2, 1), np.float32))
-    np.testing.assert_array_equal(environment.reset(seed=5)[0], fresh.reset(seed=5)[0])
-    action = np.full((2, 1), 1.5, np.float32)
-    for _ in range(3):
-        np.testing.assert_array_equal(environment.step(action)[0], fresh.step(action)[0])
-    assert environment.tasks == second
-    with pytest.raises(ValueError, match="`tasks` must hold one task per row, 2; got 1"):
-        environment.set_tasks(second[:1])
-    with pytest.raises(TypeError, match="`set_tasks` needs an environment that was made with `tasks`"):
-        Environment("Pendulum-v1").set_tasks([{}])
-
-
-def test_only_rows_that_can_be_saved_are_saved(counting):
-    with pytest.raises(TypeError, match=r"Row 0 must be an environment of `ssmrl/`"):
-        Environment([counting(2)]).save()
-    environment = Environment("CartPole-v1", 2, seed=0)
-    environment.reset()
-    state = environment.save()
-    for other in (
-        Environment("CartPole-v1", 3),
-        Environment("Pendulum-v1", 2),
-        Environment("CartPole-v1", 2, autoreset_mode="Disabled"),
-        Environment("ssmrl/CartPole-v1", 2, vectorization_mode="sync"),
-    ):
-        with pytest.raises(ValueError, match=r"`state` must be of an environment like this one, .*; got \{'id'"):
-            other.restore(state)
-    with pytest.raises(ValueError, match=r"like this one, .*; got None"):
-        environment.restore({})
-
-
-@pytest.mark.parametrize("kind", ["native", "sync"])
-def test_a_state_survives_json_its_changes_too(kind):
-    family = changing(task_family("pendulum-physics"), [3])
-    tasks = family.sample(2, seed=0)
-    environment = Environment(family, tasks=tasks, seed=0, vectorization_mode=kind)
-    environment.reset()
-    state = environment.save()
-    again = json.loads(json.dumps(state["tasks"]))
-    environment.set_tasks(again)
-    assert environment.tasks == tasks
-
-
-@pytest.mark.parametrize("kind", ["native", "sync"])
-def test_parameters_that_all_rows_share_stay_when_tasks_change(kind):
-    environment = Environment("ssmrl/Pendulum-v1", tasks=[{"g": 5.0}] * 2, m=3.0, seed=0, vectorization_mode=kind)
-    assert environment.reset()[1]["task"]["m"].tolist() == [3.0, 3.0]
-    environment.set_tasks([{"g": 6.0}, {"m": 2.0}])
-    task = environment.reset()[1]["task"]
-    assert task["m"].tolist() == [3.0, 2.0]
-    assert task["g"].tolist() == [6.0, 10.0]
-    state = environment.save()
-    environment.restore(state)
-    assert environment.tasks == [{"g": 6.0}, {"m": 2.0}]
-
-
-@pytest.mark.parametrize("kind", ["native", "sync"])
-def test_tasks_that_do_not_fit_change_nothing(kind):
-    tasks = [{"g": 5.0}, {"g": 7.0}]
-    environment = Environment("ssmrl/Pendulum-v1", tasks=tasks, seed=0, vectorization_mode=kind)
-    with pytest.raises(ValueError, match=r"Row 1: `g` must be positive"):
-        environment.set_tasks([{"g": 9.0}, {"g": -1.0}])
-    assert environment.tasks == tasks
-    assert environment.reset()[1]["task"]["g"].tolist() == [5.0, 7.0]
-    tasks[0]["g"] = 99.0
-    assert environment.tasks == [{"g": 5.0}, {"g": 7.0}]
-
-
-def test_a_seed_that_waits_for_the_first_reset_is_saved():
-    first, second = (Environment("pendulum-physics", tasks=[{"g": 5.0}], seed=0) for _ in range(2))
-    second.restore(first.save())
-    np.testing.assert_array_equal(first.reset()[0], second.reset()[0])
-    first.set_tasks([{"g": 6.0}])
-    second.restore(first.save())
-    np.testing.assert_array_equal(first.reset()[0], second.reset()[0])
-
-
-@pytest.mark.parametrize("kind", ["native", "sync"])
-def test_a_family_without_a_horizon_is_never_truncated(kind):
-    family = task_family("linear-system", horizon=None)
-    environment = Environment(family, tasks=family.sample(1, 0), seed=0, vectorization_mode=kind)
-    environment.reset()
-    action = np.zeros((1, 1), np.float32)
-    assert not any(environment.step(action)[3].any() for _ in range(250))
-    env: Any = family.make(family.sample(1, 0)[0])
-    assert env.spec.max_episode_steps is None
-
-
 @pytest.mark.parametrize("kind", ["native", "sync"])
 def test_after_an_unstable_row_steps_are_refused_until_a_reset(kind):
     unstable = {"A": ((4.0, 0.0), (0.0, 4.0)), "B": ((1.0,), (1.0,))}
@@ -619,16 +487,6 @@ def test_after_an_unstable_row_steps_are_refused_until_a_reset(kind):
         environment.step(action)
     environment.reset()
     environment.step(action)
-
-
-def test_tasks_of_gymnasiums_own_ids_are_arguments_of_a_loop():
-    environment = Environment("Pendulum-v1", tasks=[{"g": 1.0}, {"g": 2.0}])
-    assert not environment.is_native
-    rows: Any = environment.env
-    assert rows.get_attr("g") == (1.0, 2.0)
-    with pytest.raises(TypeError, match=r"needs environments of `ssmrl/`; row 0 has no `set_task`"):
-        environment.set_tasks([{"g": 1.0}] * 2)
-    assert Environment(gymnasium.spec("ssmrl/Pendulum-v1"), tasks=[{"g": 1.0}]).is_native
 
 
 @pytest.mark.parametrize(
@@ -659,14 +517,6 @@ def test_tasks_of_gymnasiums_own_ids_are_arguments_of_a_loop():
 def test_common_mistakes_are_answered(arguments, error, match):
     with pytest.raises(error, match=match):
         Environment(**arguments)
-
-
-def test_processes_know_our_ids(monkeypatch):
-    context = multiprocessing.get_context("spawn")
-    monkeypatch.setattr("gymnasium.vector.async_vector_env.multiprocessing", context)
-    with Environment("pendulum-physics", tasks=[{"g": 5.0}], seed=0, vectorization_mode="async") as environment:
-        native = Environment("pendulum-physics", tasks=[{"g": 5.0}], seed=0)
-        np.testing.assert_array_equal(environment.reset()[0], native.reset()[0])
 
 
 def test_a_step_before_the_first_reset_is_refused():

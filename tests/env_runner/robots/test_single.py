@@ -5,50 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import deque
-from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import SyncVectorEnv
 
-from ssmrl.env_runner import Environment, UnstableSimulationError
 from ssmrl.env_runner.robots import Reward, RobotEnv, Velocity
-from ssmrl.env_runner.robots.definitions import ROBOTS
 
 pytest.importorskip("mujoco.batch")
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
-
-
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-@pytest.mark.parametrize("env_id", ROBOTS)
-def test_native_rows_without_a_task_are_gymnasiums_own_environments(env_id, mode):
-    rows = 4
-    theirs: Any = SyncVectorEnv([lambda: gymnasium.make(env_id, max_episode_steps=12)] * rows, autoreset_mode=mode)
-    ours = Environment(env_id, rows, max_episode_steps=12, autoreset_mode=mode)
-    assert ours.is_native
-    native: Any = ours.env
-    np.testing.assert_array_equal(theirs.reset(seed=[3, 1, 4, 1])[0], native.reset(seed=[3, 1, 4, 1])[0])
-    theirs.action_space.seed(0)
-    for _ in range(30):
-        actions = theirs.action_space.sample()
-        (*expected, expected_info), (*got, info) = theirs.step(actions), native.step(actions)
-        for a, b in zip(expected, got, strict=True):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
-        for name in ("x_velocity", "x_position", "reward_forward", "reward_ctrl"):
-            if name in expected_info:
-                np.testing.assert_array_equal(expected_info[name], info[name], err_msg=name)
-                np.testing.assert_array_equal(expected_info["_" + name], info["_" + name], err_msg=name)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "dimensions"),
-    [("HalfCheetah-v4", 17), ("Ant-v4", 27), ("Humanoid-v4", 376), ("Ant-v5", 105), ("Humanoid-v5", 348)],
-)
-def test_observations_have_the_known_number_of_features(env_id, dimensions):
-    assert RobotEnv(env_id).observation_space.shape == (dimensions,)
 
 
 def step_of(env, action):
@@ -105,47 +69,6 @@ def test_frame_skip_is_the_number_of_simulation_steps():
         observation = once.step(action)[0]
     np.testing.assert_array_equal(observation, five.step(action)[0])
     assert once.metadata["render_fps"] == 5 * five.metadata["render_fps"]
-
-
-@pytest.mark.parametrize("kind", ["native", "sync"])
-def test_an_unstable_simulation_names_its_row_and_task(kind):
-    tasks = [{"gravity": 1.0}, {"gravity": 1e12}]
-    environment = Environment("ssmrl/Walker2d-v5", tasks=tasks, seed=0, vectorization_mode=kind)
-    environment.reset()
-    message = r"row 1 .*'gravity': 1000000000000" if kind == "native" else "'gravity': 1000000000000"
-    with pytest.raises(UnstableSimulationError, match=message):
-        deque((environment.step(np.zeros((2, 6), np.float32)) for _ in range(20)), maxlen=0)
-
-
-@pytest.mark.parametrize(
-    ("task", "match"),
-    [
-        ({"velocity": 1.0}, r"has the parameters \[.*\]; got 'velocity'"),
-        ({"mass": -1.0}, "`mass` must be finite and at least 0"),
-        ({"changes": {0: {"mass": 2.0}}}, "must be at least 1"),
-        ({"changes": {5: {"wind": 2.0}}}, "got 'wind'"),
-    ],
-)
-def test_a_task_that_does_not_fit_is_refused(task, match):
-    with pytest.raises(ValueError, match=match):
-        RobotEnv("Hopper-v5", task=task)
-    with pytest.raises(ValueError, match=match):
-        Environment("ssmrl/Hopper-v5", tasks=[{}, task])
-    with pytest.raises(ValueError, match=match):
-        Environment("ssmrl/Hopper-v5", tasks=[{}, task], vectorization_mode="sync")
-
-
-def test_an_unknown_robot_is_refused():
-    with pytest.raises(ValueError, match=r"`env_id` must be one of .*'HalfCheetah-v5'.*; got 'Swimmer-v5'"):
-        RobotEnv("Swimmer-v5")
-
-
-def test_nothing_is_written_into_the_working_directory_and_warnings_are_logged(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    with caplog.at_level("INFO", logger="ssmrl"):
-        RobotEnv("HalfCheetah-v5")
-    assert list(tmp_path.iterdir()) == []
-    assert any("settotalmass" in record.message for record in caplog.records)
 
 
 def test_videos_can_be_recorded(tmp_path):
