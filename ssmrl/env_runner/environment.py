@@ -27,17 +27,36 @@ from ssmrl.env_runner.tasks.family import TaskFamily
 from ssmrl.env_runner.tasks.registration import family_names, task_family
 from ssmrl.env_runner.vectorize import UNLIMITED, Maker, make_rows
 
-__all__ = ["Environment", "Maker", "derive_seed"]
+__all__ = ["Environment", "Maker", "derive_seed", "row_seeds"]
+
+_LONGER_KEY = 1 << 16  # keys below it have other uses
 
 
 def derive_seed(seed: int, *key: int) -> int:
     """Return a 32-bit seed that is a hash of `seed` and `key`.
 
     It is the first word of `numpy.random.SeedSequence(seed, spawn_key=key)`. Row i of an
-    `Environment` has the key (i,) and its action space the empty key, so that no two rows share a
-    stream. Gymnasium's own `seed + i` gives row 1 of seed 0 the stream of row 0 of seed 1.
+    `Environment` has the key (i,), see `row_seeds`, and its action space the empty key. Gymnasium's
+    own `seed + i` gives row 1 of seed 0 the stream of row 0 of seed 1.
     """
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
+
+
+def row_seeds(seed: int, num_rows: int, *key: int) -> list[int]:
+    """Return the seeds of B rows, no two of them equal: `derive_seed(seed, i, *key)` of row i.
+
+    Where an earlier row has it already, as about one in 10,000 batches of 1,000 rows has, it is the first one that
+    none has, with a longer key. So a row's seed does not depend on how many rows come after it.
+    """
+    seeds: dict[int, None] = {}
+    for row in range(num_rows):
+        derived = derive_seed(seed, row, *key)
+        again = _LONGER_KEY
+        while derived in seeds:
+            derived = derive_seed(seed, row, *key, again)
+            again += 1
+        seeds[derived] = None
+    return [*seeds]
 
 
 class Environment(VectorWrapper):
@@ -208,7 +227,7 @@ class Environment(VectorWrapper):
         """Begin an episode in every row, or in those of a mask.
 
         Args:
-            seed: reseed row i with `derive_seed(seed, i)`, and the batched `action_space` where no
+            seed: reseed row i with `row_seeds(seed, B)[i]`, and the batched `action_space` where no
                 mask is given. None: the first `reset` uses the seed of the constructor, a later one
                 continues the streams.
             options: passed to every row's own `reset`, without `"reset_mask"`: Bool (B,), the rows
@@ -233,7 +252,7 @@ class Environment(VectorWrapper):
             options = {**options, "reset_mask": rows}  # Gymnasium removes the mask from its dict.
         seeds: Any = None  # Gymnasium's vector environments take a list, its interface an int.
         if seed is not None:
-            seeds = [derive_seed(seed, row) for row in range(self.num_envs)]
+            seeds = row_seeds(seed, self.num_envs)
             if rows.all():
                 self.action_space.seed(derive_seed(seed))
         observations, infos = self.env.reset(seed=seeds, options=options)

@@ -17,7 +17,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ssmrl.env_runner._checks import require_array_space, require_integer
-from ssmrl.env_runner.environment import derive_seed
+from ssmrl.env_runner.environment import row_seeds
 from ssmrl.env_runner.noise import Noise
 from ssmrl.env_runner.rollout import Policy, Trajectory
 
@@ -104,7 +104,7 @@ def by_task(trajectory: Trajectory, num_tasks: int) -> Trajectory:
 def random_policy(action_space: Space[Any], seed: int) -> Policy:
     """Return a policy that samples `action_space`, the single one, in every row independently.
 
-    Row i's stream is seeded with `derive_seed(seed, i, 1)`: it depends on neither the batch size
+    Row i's stream is seeded with `row_seeds(seed, B, 1)[i]`: it depends on neither the batch size
     nor the environment's streams, also where they have the same seed. The streams are the policy's
     hidden state and advance in place; from the state None they start anew. The distribution is
     that of Gymnasium's `Space.sample`: uniform where the space is bounded.
@@ -115,8 +115,8 @@ def random_policy(action_space: Space[Any], seed: int) -> Policy:
     def policy(observation: Tensor, hidden_state: Any, reset: Tensor) -> tuple[Tensor, Any]:
         if hidden_state is None:
             hidden_state = tuple(copy.deepcopy(action_space) for _ in observation)
-            for row, space in enumerate(hidden_state):
-                space.seed(derive_seed(seed, row, 1))
+            for space, own in zip(hidden_state, row_seeds(seed, len(hidden_state), 1), strict=True):
+                space.seed(own)
         return torch.as_tensor(np.stack([space.sample() for space in hidden_state])), hidden_state
 
     return policy

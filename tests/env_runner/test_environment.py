@@ -16,6 +16,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorStatistic
 from gymnasium.wrappers.vector import RescaleAction
 
 from ssmrl.env_runner import Environment, UnstableSimulationError, derive_seed, task_family
+from ssmrl.env_runner.environment import row_seeds
 
 # Python 3.12 warns of fork in a process with threads, which torch starts.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -184,6 +185,17 @@ def test_the_action_space_has_a_stream_of_its_own():
     for row in range(3):
         environment.action_space.seed(derive_seed(1, row))
         assert not np.isclose(environment.action_space.sample(), sample).any()
+
+
+def test_rows_whose_seeds_would_meet_get_others_whatever_comes_after_them(monkeypatch):
+    plain = [derive_seed(3, row) for row in range(40)]
+    assert row_seeds(3, 40) == plain
+    monkeypatch.setattr("ssmrl.env_runner.environment.derive_seed", lambda seed, *key: derive_seed(seed, *key) % 64)
+    seeds = row_seeds(3, 40)
+    assert len(set(seeds)) == 40
+    assert seeds != [seed % 64 for seed in plain]
+    assert row_seeds(3, 17) == seeds[:17]
+    assert len({*row_seeds(3, 40, 1)}) == 40
 
 
 def test_seeds_derived_with_different_keys_differ():
