@@ -2,7 +2,13 @@
 
 from ssmrl.meta_rl.baselines import ValueNetwork, fit_linear_baseline, linear_baseline, linear_features, value_loss
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
-from ssmrl.meta_rl.evaluation import Interval, gap_closed, interquartile_mean, stratified_bootstrap
+from ssmrl.meta_rl.evaluation import (
+    AdaptationReport,
+    AdaptationReturns,
+    adaptation_report,
+    adaptation_returns,
+    plot_adaptation,
+)
 from ssmrl.meta_rl.losses import (
     clipped_surrogate_loss,
     dice_loss,
@@ -19,30 +25,47 @@ from ssmrl.meta_rl.meta_learner import MetaLearner
 from ssmrl.meta_rl.meta_maml import MetaMAML
 from ssmrl.meta_rl.objectives import implicit_loss, multi_step_loss, post_adaptation_loss, reptile_loss
 from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, PolicyOutput
-from ssmrl.meta_rl.policy_maml import PolicyBatch, PolicyLosses, adapt_policy, policy_meta_loss
+from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses, linear_advantages
+from ssmrl.meta_rl.policy_maml import adapt_policy, policy_meta_loss
+from ssmrl.meta_rl.policy_meta_learner import Collected, GradientOuter, PolicyMAML, TrustRegionOuter
 from ssmrl.meta_rl.returns import discounted_returns, generalized_advantages, lambda_returns, normalize_advantages
+from ssmrl.meta_rl.scores import (
+    Interval,
+    gap_closed,
+    interquartile_mean,
+    stratified_bootstrap,
+    student_t_interval,
+)
 from ssmrl.meta_rl.segments import count_episodes, episode_step
 from ssmrl.meta_rl.tasks import Task
 from ssmrl.meta_rl.trust_region import TrustRegionStep, trust_region_step
 
 __all__ = [
+    "AdaptationReport",
+    "AdaptationReturns",
     "Categorical",
     "CategoricalHead",
+    "Collected",
     "Distribution",
     "Gaussian",
     "GaussianHead",
+    "GradientOuter",
     "Interval",
     "MetaLearner",
     "MetaMAML",
     "PolicyBatch",
     "PolicyLosses",
+    "PolicyMAML",
     "PolicyModel",
     "PolicyOutput",
     "TanhGaussian",
     "Task",
+    "TrustRegionOuter",
     "TrustRegionStep",
     "ValueNetwork",
     "adapt_policy",
+    "adaptation_report",
+    "adaptation_returns",
     "clipped_surrogate_loss",
     "count_episodes",
     "dice_loss",
@@ -58,6 +81,7 @@ __all__ = [
     "kl_penalty",
     "lambda_returns",
     "likelihood_ratio_loss",
+    "linear_advantages",
     "linear_baseline",
     "linear_features",
     "loaded_dice_loss",
@@ -65,10 +89,12 @@ __all__ = [
     "masked_mean",
     "multi_step_loss",
     "normalize_advantages",
+    "plot_adaptation",
     "policy_meta_loss",
     "post_adaptation_loss",
     "reptile_loss",
     "stratified_bootstrap",
+    "student_t_interval",
     "surrogate_loss",
     "trust_region_step",
     "value_loss",

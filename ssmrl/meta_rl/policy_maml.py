@@ -10,144 +10,95 @@ Letters: E episodes, T steps, D inputs, K inner steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation.inner_loop import adapt
-from ssmrl.core import functional_forward
-from ssmrl.meta_rl.losses import clipped_surrogate_loss, likelihood_ratio_loss, masked_mean, surrogate_loss
+from ssmrl.adaptation.select import split
+from ssmrl.meta_rl.policy_batch import PolicyBatch
 
-__all__ = ["PolicyBatch", "PolicyLosses", "adapt_policy", "policy_meta_loss"]
-
-
-class PolicyBatch(NamedTuple):
-    """E rows of T steps that a policy made on a task, with what a policy gradient needs of them."""
-
-    x: Tensor
-    """(E, T, D) what the policy saw."""
-    action: Tensor
-    """(E, T) or (E, T, A)."""
-    reset: Tensor
-    """Bool (E, T) where it forgot."""
-    valid: Tensor
-    """Bool (E, T)."""
-    advantage: Tensor
-    """(E, T)."""
-    old: Any
-    """The distributions that the actions were drawn from, leaves (E, T, A)."""
-
-
-class PolicyLosses:
-    """Losses (params, batch) -> scalar of a policy model on the batch of one task, for either loop.
-
-    Args:
-        policy: a `PolicyModel`.
-    """
-
-    def __init__(self, policy: nn.Module) -> None:
-        self.policy = policy
-
-    def distribution(self, params: Any, batch: PolicyBatch) -> Any:
-        """The distributions over actions at every step, of these parameters."""
-        output: Any = functional_forward(self.policy, params, batch.x, None, reset=batch.reset)[0]
-        return output.distribution
-
-    def likelihood_ratio(self, params: Any, batch: PolicyBatch) -> Tensor:
-        """-mean log π(a_t) A_t: the inner loss of MAML. See `likelihood_ratio_loss`."""
-        log_prob = self.distribution(params, batch).log_prob(batch.action)
-        return likelihood_ratio_loss(log_prob, batch.advantage, batch.valid)
-
-    def surrogate(self, params: Any, batch: PolicyBatch) -> Tensor:
-        """-mean ρ_t A_t: the inner loss of ProMP, and the outer one of MAML with TRPO. See `surrogate_loss`."""
-        log_prob = self.distribution(params, batch).log_prob(batch.action)
-        return surrogate_loss(log_prob, self.old_log_prob(batch), batch.advantage, batch.valid)
-
-    def clipped(self, params: Any, batch: PolicyBatch, *, clip: float = 0.2) -> Tensor:
-        """PPO's clipped surrogate. See `clipped_surrogate_loss`."""
-        log_prob = self.distribution(params, batch).log_prob(batch.action)
-        old = self.old_log_prob(batch)
-        return clipped_surrogate_loss(log_prob, old, batch.advantage, batch.valid, clip=clip)
-
-    def divergence(self, params: Any, batch: PolicyBatch) -> Tensor:
-        """Mean KL(π_old ‖ π) over the valid steps."""
-        return masked_mean(batch.old.kl(self.distribution(params, batch)), batch.valid)
-
-    @staticmethod
-    def old_log_prob(batch: PolicyBatch) -> Tensor:
-        """(E, T) of the actions, under the policy that took them."""
-        log_prob: Tensor = batch.old.log_prob(batch.action)
-        return log_prob.detach()
+__all__ = ["adapt_policy", "policy_meta_loss"]
 
 
 Loss = Callable[[Any, PolicyBatch], Tensor]
 
 
 def adapt_policy(
-    inner_loss: Loss, params: Any, batches: Sequence[PolicyBatch], *, optimizer: GradientTransformation, **options: Any
-) -> Any:
+    inner_loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Sequence[PolicyBatch],
+    *,
+    optimizer: GradientTransformation,
+    adapted: Iterable[str] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
     """Return θ_K: one step on each of the batches D_0, ..., D_{K-1}, that of one task.
 
     Args:
         inner_loss: `(params, batch) -> scalar`.
-        params: θ_0, a pytree of tensors.
+        params: θ_0, name -> tensor.
         batches: K of them, each collected by the parameters that the steps before it gave.
         optimizer: a TorchOpt transformation; its state is carried from step to step.
+        adapted: names of the parameters that the steps change (ANIL); None: all of them.
         **options: of `ssmrl.adapt`, `first_order` for instance.
     """
-    *_, adapted = _path(inner_loss, params, batches, optimizer, options)
-    return adapted
+    *_, last = _path(inner_loss, params, batches, optimizer, adapted, options)
+    return last
 
 
 def policy_meta_loss(
     inner_loss: Loss,
     outer_loss: Loss,
-    params: Any,
+    params: Mapping[str, Tensor],
     batches: Sequence[PolicyBatch],
     *,
     optimizer: GradientTransformation,
-    divergence: Loss | None = None,
-    divergence_weight: float | Sequence[float] | Tensor = 0.0,
+    adapted: Iterable[str] | None = None,
+    before: Callable[[Any, PolicyBatch, int], Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
-    """outer_loss(θ_K, D_K) + mean_k η_k divergence(θ_k, D_k), for one task: what MAML's outer loop minimises.
+    """outer_loss(θ_K, D_K) + 1/K Σ_{k<K} before(θ_k, D_k, k), for one task: what MAML's outer loop minimises.
 
     Args:
-        inner_loss, optimizer: as for `adapt_policy`.
+        inner_loss, optimizer, adapted: as for `adapt_policy`.
         outer_loss: `(params, batch) -> scalar`, on the last batch.
         params: θ.
         batches: D_0, ..., D_K.
-        divergence: of the adapted policies from those that collected the data at every inner step: ProMP's penalty,
-            which keeps what the batches say true while the outer loop makes several steps on them. None: no penalty.
-        divergence_weight: η, or one of each of the K inner steps.
+        before: `(params, batch, k) -> scalar`, of the policy and the data of every inner step: ProMP's penalty on the
+            divergence of the two, which keeps what the batches say true while the outer loop makes several steps on
+            them, or the exploration term of E-MAML. None: nothing.
         **options: of `ssmrl.adapt`.
     """
     if not batches:
         raise ValueError("`batches` must hold at least the batch of the outer loss; got none.")
-    weights = torch.as_tensor(divergence_weight, dtype=torch.get_default_dtype()).expand(len(batches) - 1)
-    *before, params = _path(inner_loss, params, batches[:-1], optimizer, options)
-    penalty: Any = 0.0
-    if divergence is not None:
-        for weight, at, batch in zip(weights, before, batches, strict=False):
-            penalty = penalty + weight * divergence(at, batch) / len(before)
-    loss: Tensor = outer_loss(params, batches[-1]) + penalty
+    *path, last = _path(inner_loss, params, batches[:-1], optimizer, adapted, options)
+    loss = outer_loss(last, batches[-1])
+    if before is not None:
+        for k, (at, batch) in enumerate(zip(path, batches, strict=False)):
+            loss = loss + before(at, batch, k) / len(path)
     return loss
 
 
 def _path(
     inner_loss: Loss,
-    params: Any,
+    params: Mapping[str, Tensor],
     batches: Sequence[PolicyBatch],
     optimizer: GradientTransformation,
+    adapted: Iterable[str] | None,
     options: Mapping[str, Any],
-) -> Iterator[Any]:
+) -> Iterator[dict[str, Tensor]]:
     """Yield θ_0, ..., θ_K: the parameters before the step on every batch, and after the last."""
+    own, shared = split(params, params if adapted is None else adapted)
+
+    def loss(own: dict[str, Tensor], shared: dict[str, Tensor], batch: PolicyBatch) -> Tensor:
+        return inner_loss({**shared, **own}, batch)
+
     state = None
-    yield params
+    yield {**shared, **own}
     for batch in batches:
-        adapted = adapt(inner_loss, params, batch, optimizer=optimizer, num_steps=1, optimizer_state=state, **options)
-        params, state = adapted.params, adapted.optimizer_state
-        yield params
+        done = adapt(loss, own, shared, batch, optimizer=optimizer, num_steps=1, optimizer_state=state, **options)
+        own, state = done.params, done.optimizer_state
+        yield {**shared, **own}

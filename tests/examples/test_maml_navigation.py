@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "maml_navigation.py"
 
 
 def run(out: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--out", str(out), *arguments]
+    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--threads", "1", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, check=False)
     assert done.returncode == 0, done.stderr
     figures: dict[str, Any] = json.loads((out / "maml_navigation.json").read_text())
@@ -24,10 +24,12 @@ def test_it_plots_and_reports_and_a_seed_repeats_it(tmp_path):
     first = run(tmp_path / "a")
     again = run(tmp_path / "b")
     other = run(tmp_path / "c", "--seed", "1", "--updates", "1")
-    name = "mean return after 0, 1, ... updates"
-    assert len(first[name]) == 4
+    name = "returns after 0, 1, ... updates"
+    assert len(first[name]) == len(first["returns never adapted"]) == 4
     assert len(other[name]) == 2
-    assert all(math.isfinite(value) and value < 0 for value in first[name])
+    assert all(math.isfinite(value) and value < 0 for row in first[name] for value in row)
+    assert first[name][0] == first["returns never adapted"][0]
+    assert first[name][1] != first["returns never adapted"][1]
     assert first["curve"] == again["curve"]
     assert first[name] == again[name]
     assert other["curve"] != first["curve"]

@@ -81,8 +81,7 @@ def test_the_meta_gradient_agrees_with_finite_differences(kind):
             p,
             batches,
             optimizer=torchopt.sgd(0.2),
-            divergence=losses.divergence,
-            divergence_weight=0.5,
+            before=lambda at, batch, k: 0.5 * losses.divergence(at, batch),
         )
 
     leaves = [p.clone().requires_grad_() for p in params.values()]
@@ -102,11 +101,12 @@ def test_vmap_over_tasks_is_a_loop():
     torch.testing.assert_close(vmap(meta)(stacked), torch.stack([meta(batches) for batches in of_tasks]))
 
 
-def test_the_penalty_is_the_mean_of_weighted_divergences_at_every_inner_step():
+def test_what_is_added_before_the_steps_is_the_mean_over_them():
     policy, losses, params = make("gaussian")
     moved = {name: p + 0.1 for name, p in params.items()}
     batches = [batch_of(policy, losses, params, seed) for seed in range(3)]
     settings: dict[str, Any] = {"optimizer": torchopt.sgd(0.1)}
+    weights = (0.5, 2.0)
     plain = policy_meta_loss(losses.surrogate, losses.surrogate, moved, batches, **settings)
     after = adapt_policy(losses.surrogate, moved, batches[:1], **settings)
     expected = (0.5 * losses.divergence(moved, batches[0]) + 2.0 * losses.divergence(after, batches[1])) / 2
@@ -115,13 +115,33 @@ def test_the_penalty_is_the_mean_of_weighted_divergences_at_every_inner_step():
         losses.surrogate,
         moved,
         batches,
-        divergence=losses.divergence,
-        divergence_weight=[0.5, 2.0],
+        before=lambda at, batch, k: weights[k] * losses.divergence(at, batch),
         **settings,
     )
     torch.testing.assert_close(penalised - plain, expected)
     assert float(expected) > 0
     assert float(losses.divergence(params, batches[0])) == pytest.approx(0, abs=1e-12)
+
+
+def test_only_the_parameters_named_adapt_and_all_have_a_meta_gradient():
+    policy, losses, params = make("gaussian")
+    batches = [batch_of(policy, losses, params, seed) for seed in range(2)]
+    settings: dict[str, Any] = {"optimizer": torchopt.sgd(0.5), "adapted": ["model.2.weight", "head.log_std"]}
+    adapted = adapt_policy(losses.likelihood_ratio, params, batches[:1], **settings)
+    changed = {name for name in params if not torch.equal(adapted[name], params[name])}
+    assert changed == set(settings["adapted"])
+    assert adapted.keys() == params.keys()
+
+    def meta_loss(p):
+        return policy_meta_loss(losses.likelihood_ratio, losses.surrogate, p, batches, **settings)
+
+    gradient = grad(meta_loss)(params)
+    assert all(float(g.abs().max()) > 0 for g in gradient.values())
+    name, step = "model.0.weight", 1e-6
+    bump = torch.zeros_like(params[name])
+    bump[0, 0] = step
+    up, down = (meta_loss({**params, name: params[name] + sign * bump}) for sign in (1, -1))
+    torch.testing.assert_close(gradient[name][0, 0], (up - down) / (2 * step), rtol=1e-6, atol=1e-9)
 
 
 def test_an_inner_step_raises_the_likelihood_of_what_was_better():
