@@ -1,5 +1,6 @@
 """Learning to adapt."""
 
+from ssmrl.meta_rl.actor_critic import ActorCriticBatch, actor_critic_batch
 from ssmrl.meta_rl.baselines import ValueNetwork, fit_linear_baseline, linear_baseline, linear_features, value_loss
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
 from ssmrl.meta_rl.evaluation import (
@@ -28,6 +29,7 @@ from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, P
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses, linear_advantages
 from ssmrl.meta_rl.policy_maml import adapt_policy, policy_meta_loss
 from ssmrl.meta_rl.policy_meta_learner import Collected, GradientOuter, PolicyMAML, TrustRegionOuter
+from ssmrl.meta_rl.ppo import PPO, PPOTerms, PPOUpdate, ppo_loss
 from ssmrl.meta_rl.returns import discounted_returns, generalized_advantages, lambda_returns, normalize_advantages
 from ssmrl.meta_rl.scores import (
     Interval,
@@ -41,6 +43,8 @@ from ssmrl.meta_rl.tasks import Task
 from ssmrl.meta_rl.trust_region import TrustRegionStep, trust_region_step
 
 __all__ = [
+    "PPO",
+    "ActorCriticBatch",
     "AdaptationReport",
     "AdaptationReturns",
     "Categorical",
@@ -53,6 +57,8 @@ __all__ = [
     "Interval",
     "MetaLearner",
     "MetaMAML",
+    "PPOTerms",
+    "PPOUpdate",
     "PolicyBatch",
     "PolicyLosses",
     "PolicyMAML",
@@ -63,6 +69,7 @@ __all__ = [
     "TrustRegionOuter",
     "TrustRegionStep",
     "ValueNetwork",
+    "actor_critic_batch",
     "adapt_policy",
     "adaptation_report",
     "adaptation_returns",
@@ -92,6 +99,7 @@ __all__ = [
     "plot_adaptation",
     "policy_meta_loss",
     "post_adaptation_loss",
+    "ppo_loss",
     "reptile_loss",
     "stratified_bootstrap",
     "student_t_interval",
