@@ -85,6 +85,8 @@ class Arguments:
     """From 0 on."""
     jobs: int = 1
     """Runs at a time; with more than one, each has one thread."""
+    oracle: bool = True
+    """Train the oracles too, where the family does not know their return."""
     size: Literal["tiny", "default"] = "default"
     """Of the examples."""
     runs: Path = Path("output/meta_rl")
@@ -131,7 +133,8 @@ def put_together(arguments: Arguments, case: Case, runs: list[dict[str, Any]], o
         "runs at a time": arguments.jobs,
         "published": case.published,
         "arguments": [one["arguments"] for one in runs],
-        "command": f"python benchmarks/meta_rl.py {arguments.case} --seeds {arguments.seeds} --jobs {arguments.jobs}",
+        "command": f"python benchmarks/meta_rl.py {arguments.case} --seeds {arguments.seeds} --jobs {arguments.jobs}"
+        + ("" if arguments.oracle else " --no-oracle"),
         "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": f"{platform.machine()}, 2 cores",
     }
@@ -163,7 +166,7 @@ def plot(name: str, report: AdaptationReport, found: dict[str, Any], path: Path)
 def main(arguments: Arguments) -> None:
     case = CASES[arguments.case]
     wanted = [(arguments.case, case.arguments, seed) for seed in range(arguments.seeds)]
-    if case.oracle is not None:
+    if case.oracle is not None and arguments.oracle:
         name = "velocity_oracle" if case.oracle[:2] == VELOCITY else "direction_oracle"
         wanted += [(name, case.oracle, seed) for seed in range(arguments.seeds)]
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -40,13 +40,17 @@ from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.core import GRU, StateSpaceModel
 from ssmrl.env_runner import (
     Environment,
+    RunningMoments,
     by_task,
     collect_episodes,
     derive_seed,
+    init_moments,
     normal_noise,
+    normalize,
     per_task,
     policy_inputs,
     task_family,
+    update_moments,
 )
 from ssmrl.meta_rl import (
     GaussianHead,
@@ -62,7 +66,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 HORIZON = 100
-LAMBDA = 0.95  # of the advantages; 1 in ProMP, which varies more and learns half as fast here
+LAMBDA = 0.95  # of the advantages; 1 in ProMP, which varies more and learns more slowly here
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,14 @@ def make_policy(arguments, space, actions):
     return PolicyModel(model, GaussianHead(actions))
 
 
-def collector(arguments, size, maml, environment, tasks, clock, *key):
+def policy_sees(arguments, moments, x, task):
+    """What the policy sees of x (..., D) or (..., D + A + 2): observations normalised, and the oracle's task."""
+    size = len(moments.mean)
+    known = [task.expand(*x.shape[:-1], 1)] if arguments.oracle else []
+    return torch.cat([normalize(moments, x[..., :size]), x[..., size:], *known], -1)
+
+
+def collector(arguments, size, maml, moments, environment, tasks, clock, *key):
     """`collect(params, k)` of these tasks, with random numbers of their own for every `key` and k."""
     num_tasks, policy = len(tasks), maml.policy
     environment.unwrapped.set_tasks([task for task in tasks for _ in range(size.episodes)])
@@ -188,14 +199,14 @@ def collector(arguments, size, maml, environment, tasks, clock, *key):
     told = torch.tensor([[next(iter(task.values()))] for task in tasks])  # (N, 1)
     remembers = arguments.memory != "none"
 
-    def with_task(x, task):
-        return torch.cat([x, task.expand(*x.shape[:-1], 1)], -1) if arguments.oracle else x
-
     def act(params, x, hidden_state, reset, noise):
-        return policy.act(params["policy"], with_task(x, params["task"]), hidden_state, reset, noise)
+        return policy.act(
+            params["policy"], policy_sees(arguments, moments, x, params["task"]), hidden_state, reset, noise
+        )
 
     def batch_of(params, trajectory, x, task):
-        return maml.losses.batch(params, trajectory, linear_advantages(trajectory, lam=LAMBDA), with_task(x, task))
+        advantage = linear_advantages(trajectory, lam=LAMBDA)
+        return maml.losses.batch(params, trajectory, advantage, policy_sees(arguments, moments, x, task))
 
     def collect(params, k):
         torch.set_num_threads(1)  # the physics have the cores
@@ -209,31 +220,40 @@ def collector(arguments, size, maml, environment, tasks, clock, *key):
             if remembers:
                 x = policy_inputs(flat, environment.single_observation_space, environment.single_action_space)
             trajectory = by_task(flat, num_tasks)
+            collect.seen.append((flat.observation, flat.valid))
             batch = vmap(batch_of)(params, trajectory, x.unflatten(0, (num_tasks, -1)), told)
         return batch, trajectory.reward.sum((1, 2)) / size.episodes
 
+    collect.seen = []
     return collect
 
 
 def train(arguments, size, family, maml, outer, clock, writer):
-    """The mean returns of every iteration before and after the inner step, and its steps; None if it was stopped."""
+    """The mean returns of every iteration, before and after the inner step, with its steps; and observations' moments.
+
+    There are no returns if the run was stopped.
+    """
     environment = make_environment(arguments, size, family, clock, size.tasks)
     curve, folder = [], arguments.out / "checkpoints"
+    moments = init_moments(environment.single_observation_space.shape)
     found = load_checkpoint(folder) if arguments.resume else None
     if found is not None:
         curve = found.state["curve"]
         maml.policy.load_state_dict(found.state["policy"])
         outer.optimizer.load_state_dict(found.state["optimizer"])
         clock.seconds.update(found.state["seconds"])
+        moments = RunningMoments(**found.state["moments"])
     total = size.iterations if arguments.iterations is None else arguments.iterations
     with tqdm(total=total, initial=len(curve), desc="iterations", file=sys.stdout, mininterval=0.5) as bar:
         for iteration in range(len(curve), total):
             with clock("iteration"):
                 tasks = tasks_of(arguments, family, size.tasks, derive_seed(arguments.seed, iteration))
-                collect = collector(arguments, size, maml, environment, tasks, clock, iteration)
+                collect = collector(arguments, size, maml, moments, environment, tasks, clock, iteration)
                 collected = maml.collect(collect, size.tasks)
                 with clock("gradients"):
                     outer.step(collected)
+                for seen, valid in collect.seen:
+                    moments = update_moments(moments, seen, valid)
             means = collected.returns.mean(1).tolist()
             steps = sum(int(batch.valid.sum()) for batch in collected.batches)
             curve.append([*means, steps + (curve[-1][-1] if curve else 0)])
@@ -246,22 +266,23 @@ def train(arguments, size, family, maml, outer, clock, writer):
             if stops or len(curve) % arguments.save_every == 0:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 state = {"policy": maml.policy.state_dict(), "optimizer": outer.optimizer.state_dict()}
-                save_checkpoint(folder, len(curve), {**state, "curve": curve, "seconds": dict(clock.seconds)})
+                state |= {"moments": moments._asdict(), "curve": curve, "seconds": dict(clock.seconds)}
+                save_checkpoint(folder, len(curve), state)
             if stops:
-                return None
-    return curve
+                return None, moments
+    return curve, moments
 
 
-def test(arguments, size, family, maml, clock):
+def test(arguments, size, family, maml, moments, clock):
     """Returns (updates + 1, N) on tasks of the test with adaptation and without, and what collects there."""
     tasks = tasks_of(arguments, family, size.test_tasks, 0, "test")
     environment = make_environment(arguments, size, family, clock, size.test_tasks)
-    collect = collector(arguments, size, maml, environment, tasks, clock, 0, 7)
+    collect = collector(arguments, size, maml, moments, environment, tasks, clock, 0, 7)
     returns = maml.evaluate(collect, len(tasks), num_updates=0 if arguments.oracle else arguments.updates)
     return tasks, returns, collect
 
 
-def film(arguments, family, maml, tasks, params):
+def film(arguments, family, maml, moments, tasks, params):
     """A video of the policy after one update, on the first two tasks of the test."""
     for n, task in enumerate(tasks[:2]):
         name = "_".join(f"{key}_{value:.2f}" for key, value in task.items())
@@ -269,12 +290,17 @@ def film(arguments, family, maml, tasks, params):
         single = gymnasium.wrappers.RecordVideo(single, str(arguments.out), name_prefix=f"{arguments.family}_{name}")
         observation, _ = single.reset(seed=arguments.seed)
         own, state, done = {key: p[n] for key, p in params.items()}, None, False
+        told = torch.tensor([next(iter(task.values()))])
+        previous = torch.zeros(single.action_space.shape[0] + 2) if arguments.memory != "none" else torch.zeros(0)
         with torch.no_grad():
             while not done:
-                x = torch.as_tensor(observation, dtype=torch.float32)[None]
+                x = torch.cat([torch.as_tensor(observation, dtype=torch.float32), previous])[None]
+                x = policy_sees(arguments, moments, x, told)
                 action, state = maml.policy.act(own, x, state, torch.tensor([state is None]), None)
-                observation, _, terminated, truncated, _ = single.step(action[0].clamp(-1, 1).numpy())
+                observation, reward, terminated, truncated, _ = single.step(action[0].clamp(-1, 1).numpy())
                 done = terminated or truncated
+                if len(previous):
+                    previous = torch.cat([action[0], torch.tensor([float(reward), float(done)])])
         single.close()
 
 
@@ -317,12 +343,12 @@ def main(arguments: Arguments) -> None:
     maml = PolicyMAML(policy, inner, inner_steps=0 if arguments.oracle else 1)
     maml.inner_loss = maml.losses.surrogate
     outer = GradientOuter(maml, outer_lr=arguments.outer_lr, num_steps=arguments.outer_steps, compile=arguments.compile)
-    curve = train(arguments, size, family, maml, outer, clock, writer)
+    curve, moments = train(arguments, size, family, maml, outer, clock, writer)
     if curve is None:
         print(f"stopped after {arguments.stop_after} iterations; --resume goes on")
         return
     seconds = dict(clock.seconds)
-    tasks, returns, collect = test(arguments, size, family, maml, clock)
+    tasks, returns, collect = test(arguments, size, family, maml, moments, clock)
     report = adaptation_report(
         returns.adapted[None],
         returns.control[None],
@@ -336,7 +362,7 @@ def main(arguments: Arguments) -> None:
         params = maml.stacked(len(tasks))
         if not arguments.oracle:
             params = maml.adapt([collect(params, 0)[0]])
-        film(arguments, family, maml, tasks, params)
+        film(arguments, family, maml, moments, tasks, params)
     whole = max(seconds.get("iteration", 0.0), 1e-9)
     parts = {"physics": seconds.get("physics", 0.0), "gradients": seconds.get("gradients", 0.0)}
     parts = {"policy": seconds.get("collect", 0.0) - parts["physics"], **parts}
