@@ -132,7 +132,7 @@ def put_together(arguments: Arguments, case: Case, runs: list[dict[str, Any]], o
         "share of an iteration": [one.get("share of an iteration") for one in runs],
         "runs at a time": arguments.jobs,
         "published": case.published,
-        "arguments": [one["arguments"] for one in runs],
+        "arguments": [{k: v for k, v in one["arguments"].items() if k != "out"} for one in runs],
         "command": f"python benchmarks/meta_rl.py {arguments.case} --seeds {arguments.seeds} --jobs {arguments.jobs}"
         + ("" if arguments.oracle else " --no-oracle"),
         "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},

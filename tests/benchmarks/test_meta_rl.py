@@ -1,4 +1,4 @@
-"""The benchmark of meta-reinforcement learning at a tiny size: what it puts together, and that it makes no run twice."""
+"""The benchmark of meta-reinforcement learning at a tiny size: what it puts together; that it makes no run twice."""
 
 from __future__ import annotations
 
