@@ -1,0 +1,69 @@
+"""The RL² example at a tiny size, from another folder: its figures, its seeds, and a run that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "rl2_bandit.py"
+
+
+def start(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--out", str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, check=False)
+
+
+def run(out: Path, *arguments: str) -> dict[str, Any]:
+    done = start(out, *arguments)
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads((out / "rl2_bandit.json").read_text())
+    return figures
+
+
+def repeatable(figures: dict[str, Any]) -> dict[str, Any]:
+    """Everything but how long it took and what was asked for."""
+    return {name: value for name, value in figures.items() if name not in ("seconds of training", "arguments")}
+
+
+def test_it_plots_and_reports_and_another_seed_gives_another_curve(tmp_path):
+    first = run(tmp_path / "a")
+    other = run(tmp_path / "b", "--seed", "1")
+    means = first["mean return of a trial on test tasks"]
+    assert [*means] == ["RL²", "RL², most probable actions", "random", "Thompson", "UCB1", "oracle"]
+    assert all(0 <= value <= 10 for value in means.values())
+    assert means["oracle"] == max(means.values())
+    for name, units in first["in a trial"].items():
+        assert len(units) == 10
+        assert math.isclose(sum(units), means[name], rel_tol=1e-9)
+    assert len(first["curve"]) == 4
+    assert other["curve"] != first["curve"]
+    assert (tmp_path / "a" / "rl2_bandit.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("task", ["bandit", "tabular"])
+def test_a_run_that_was_killed_ends_where_the_uninterrupted_one_ends(tmp_path, task):
+    """Killed after the third iteration, it goes on from the checkpoint of the second, in the middle of annealing."""
+    arguments = ("--task", task, "--save-every", "2", *(("--episodes", "2") if task == "tabular" else ()))
+    whole = run(tmp_path / "whole", *arguments)
+    killed = start(tmp_path / "killed", *arguments, "--stop-after", "3")
+    assert killed.returncode == 0, killed.stderr
+    assert not (tmp_path / "killed" / "rl2_bandit.json").exists()
+    resumed = run(tmp_path / "killed", *arguments, "--resume")
+    assert repeatable(resumed) == repeatable(whole)  # the same seed, the same bits
+    assert len(whole["curve"]) == 4
+    if task == "tabular":
+        assert len(whole["in a trial"]["PSRL"]) == 2
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_a_package_that_is_missing_is_named(tmp_path):
+    done = start(tmp_path / "a", "--tensorboard")
+    assert done.returncode != 0
+    assert "--tensorboard needs the package `tensorboard` (pip install tensorboard)" in done.stderr
