@@ -336,8 +336,8 @@ def _dtype(tensor: Tensor) -> str:
 
 def _stored(tensor: Tensor) -> Tensor:
     """Return a copy that safetensors takes: on the CPU, contiguous; bytes (..., itemsize) if it may lack the dtype."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    return tensor if _dtype(tensor) in _STORED else tensor.unsqueeze(-1).view(torch.uint8)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+    return copy if _dtype(copy) in _STORED else copy.unsqueeze(-1).view(torch.uint8)
 
 
 def _take(tensors: dict[str, Tensor], path: str, dtype: str) -> Tensor:

@@ -444,11 +444,14 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(tmp_path):
     assert loaded(tmp_path).skipped == ()
 
 
-def test_if_all_are_damaged_all_are_named(tmp_path):
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"a"', "{}", "[[1,2]]"])
+def test_if_all_are_damaged_all_are_named(text, tmp_path):
     paths = [save_checkpoint(tmp_path, step, step) for step in (1, 2)]
     for path in paths:
-        (path / "manifest.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=rf"No checkpoint is valid.*{paths[1].name}.*{paths[0].name}"):
+        (path / "manifest.json").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=rf"is valid.*{paths[1].name}.*manifest.json.*{paths[0].name}.*manifest.json"
+    ):
         load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=paths[0].name):
         load_checkpoint(tmp_path, 1)
@@ -840,6 +843,8 @@ def fails_once_at_every_call(tmp_path: Path, error: BaseException, step: int) ->
         is_new = found.step == step and found.state["n"] == 10 + step
         require_same(found.state, state_of(10 + step if is_new else 3))
         assert found.skipped == ()
+        for old in there(folder):
+            assert loaded(folder, old).skipped == ()
         for old in (2, 3):
             if old != step or not is_new:
                 require_same(loaded(folder, old).state, state_of(old))
