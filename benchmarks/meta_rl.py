@@ -173,7 +173,7 @@ def main(arguments: Arguments) -> None:
         made = list(pool.map(lambda one: run(arguments, case, *one), wanted))
     report, found = put_together(arguments, case, made[: arguments.seeds], made[arguments.seeds :])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"meta_rl_{arguments.case}.json").write_text(json.dumps(found, indent=None) + "\n")
+    (arguments.out / f"meta_rl_{arguments.case}.json").write_text(json.dumps(found) + "\n")
     plot(arguments.case, report, found, arguments.out / f"meta_rl_{arguments.case}.png")
     for row in report.table():
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})

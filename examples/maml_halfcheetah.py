@@ -153,7 +153,7 @@ class Timed(VectorWrapper):
 
 def tasks_of(arguments, family, num_tasks, seed, split="train"):
     """Directions by turns, so that every batch has as many of each; of other families, tasks drawn anew."""
-    if arguments.family.endswith("cheetah-dir") or arguments.family == "ant-dir":
+    if arguments.family in ("halfcheetah-dir", "ant-dir"):
         return [{"direction": (-1.0, 1.0)[n % 2]} for n in range(num_tasks)]
     return family.sample(num_tasks, seed=seed, split=split)
 
@@ -191,8 +191,11 @@ def policy_sees(arguments, moments, x, task):
     return torch.cat([normalize(moments, x[..., :size]), x[..., size:], *known], -1)
 
 
-def collector(arguments, size, maml, moments, environment, tasks, clock, *key):
-    """`collect(params, k)` of these tasks, with random numbers of their own for every `key` and k."""
+def collector(arguments, size, maml, moments, environment, tasks, clock, seen, *key):
+    """`collect(params, k)` of these tasks, with random numbers of their own for every `key` and k.
+
+    What it observes, and where that is valid, is put into the list `seen`, if there is one.
+    """
     num_tasks, policy = len(tasks), maml.policy
     environment.unwrapped.set_tasks([task for task in tasks for _ in range(size.episodes)])
     actions = environment.single_action_space.shape[0]
@@ -220,11 +223,11 @@ def collector(arguments, size, maml, moments, environment, tasks, clock, *key):
             if remembers:
                 x = policy_inputs(flat, environment.single_observation_space, environment.single_action_space)
             trajectory = by_task(flat, num_tasks)
-            collect.seen.append((flat.observation, flat.valid))
+            if seen is not None:
+                seen.append((flat.observation, flat.valid))
             batch = vmap(batch_of)(params, trajectory, x.unflatten(0, (num_tasks, -1)), told)
         return batch, trajectory.reward.sum((1, 2)) / size.episodes
 
-    collect.seen = []
     return collect
 
 
@@ -248,12 +251,13 @@ def train(arguments, size, family, maml, outer, clock, writer):
         for iteration in range(len(curve), total):
             with clock("iteration"):
                 tasks = tasks_of(arguments, family, size.tasks, derive_seed(arguments.seed, iteration))
-                collect = collector(arguments, size, maml, moments, environment, tasks, clock, iteration)
+                seen = []
+                collect = collector(arguments, size, maml, moments, environment, tasks, clock, seen, iteration)
                 collected = maml.collect(collect, size.tasks)
                 with clock("gradients"):
                     outer.step(collected)
-                for seen, valid in collect.seen:
-                    moments = update_moments(moments, seen, valid)
+                for observation, valid in seen:
+                    moments = update_moments(moments, observation, valid)
             means = collected.returns.mean(1).tolist()
             steps = sum(int(batch.valid.sum()) for batch in collected.batches)
             curve.append([*means, steps + (curve[-1][-1] if curve else 0)])
@@ -277,7 +281,7 @@ def test(arguments, size, family, maml, moments, clock):
     """Returns (updates + 1, N) on tasks of the test with adaptation and without, and what collects there."""
     tasks = tasks_of(arguments, family, size.test_tasks, 0, "test")
     environment = make_environment(arguments, size, family, clock, size.test_tasks)
-    collect = collector(arguments, size, maml, moments, environment, tasks, clock, 0, 7)
+    collect = collector(arguments, size, maml, moments, environment, tasks, clock, None, 0, 7)
     returns = maml.evaluate(collect, len(tasks), num_updates=0 if arguments.oracle else arguments.updates)
     return tasks, returns, collect
 

@@ -36,9 +36,7 @@ from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.core import GRU, LSTM, DiagonalSSM, StateSpaceModel
 from ssmrl.env_runner import Environment, derive_seed, gumbel_noise, policy_inputs, rollout, task_family
 from ssmrl.env_runner.tasks.tabular import optimal_return
-from ssmrl.meta_rl import CategoricalHead, PolicyModel
-from ssmrl.meta_rl.actor_critic import actor_critic_batch
-from ssmrl.meta_rl.ppo import PPO
+from ssmrl.meta_rl import PPO, CategoricalHead, PolicyModel, actor_critic_batch
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

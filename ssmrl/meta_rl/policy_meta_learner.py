@@ -18,7 +18,7 @@ from torchopt.base import GradientTransformation
 from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_rate, learned_tensors, with_tensors
 from ssmrl.adaptation.select import Selector, select, split, trainable_parameters
 from ssmrl.meta_rl.evaluation import AdaptationReturns, adaptation_returns
-from ssmrl.meta_rl.meta_learner import MetaLearner
+from ssmrl.meta_rl.meta_learner import MetaLearner, map_over_tasks, split_tasks
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses
 from ssmrl.meta_rl.policy_maml import Loss, adapt_policy, policy_meta_loss
 from ssmrl.meta_rl.trust_region import TrustRegionStep, trust_region_step
@@ -115,15 +115,11 @@ class PolicyMAML:
             num_steps: K, where it is to be another one.
         """
         steps = self.inner_steps if num_steps is None else check_num_steps("num_steps", num_steps)
+        with_adapted = self._with_adapted(collect, num_tasks)
         batches: list[PolicyBatch] = []
         returns = []
         for k in range(steps + 1):
-            batch, of_tasks = collect(self.adapt(batches) if batches else self.stacked(num_tasks), k)
-            if of_tasks.shape != (num_tasks,):
-                raise ValueError(
-                    f"`collect` must return (batch, returns) with returns of shape (N,) = ({num_tasks},); got "
-                    f"{tuple(of_tasks.shape)}."
-                )
+            batch, of_tasks = with_adapted(batches, k)
             batches.append(batch)
             returns.append(of_tasks)
         return Collected(tuple(batches), torch.stack(returns))
@@ -139,12 +135,14 @@ class PolicyMAML:
             control: whether to collect without adaptation too.
         """
         updates = self.inner_steps if num_updates is None else num_updates
-
-        def with_these(batches: list[PolicyBatch], k: int) -> tuple[PolicyBatch, Tensor]:
-            return collect(self.adapt(batches) if batches else self.stacked(num_tasks), k)
-
         none: list[PolicyBatch] = []
-        return adaptation_returns(with_these, lambda of, batch, k: [*of, batch], none, updates, control=control)
+        return adaptation_returns(
+            self._with_adapted(collect, num_tasks),
+            lambda batches, batch, k: [*batches, batch],
+            none,
+            updates,
+            control=control,
+        )
 
     def task_loss(
         self, outer_loss: Loss, *, divergence_weight: float = 0.0, exploration_weight: float = 0.0
@@ -157,17 +155,18 @@ class PolicyMAML:
             exploration_weight: of `PolicyLosses.exploration` of every inner step, with the task's `gain` (E-MAML).
         """
 
-        def before(params: Any, batch: PolicyBatch, gain: Tensor) -> Tensor:
-            total = torch.zeros((), dtype=gain.dtype, device=gain.device)
-            if divergence_weight:
-                total = total + divergence_weight * self.losses.divergence(params, batch)
-            if exploration_weight:
-                total = total + exploration_weight * self.losses.exploration(params, batch, gain)
-            return total
-
         def loss(meta: Any, task: Any) -> Tensor:
             params, rates = meta
             batches, gain = task
+
+            def before(at: Any, batch: PolicyBatch, k: int) -> Tensor:
+                total = torch.zeros_like(gain)
+                if divergence_weight:
+                    total = total + divergence_weight * self.losses.divergence(at, batch)
+                if exploration_weight:
+                    total = total + exploration_weight * self.losses.exploration(at, batch, gain)
+                return total
+
             return policy_meta_loss(
                 self.inner_loss,
                 outer_loss,
@@ -175,13 +174,27 @@ class PolicyMAML:
                 batches,
                 optimizer=self._optimizer(rates),
                 adapted=self.adapted,
-                before=(lambda at, batch, k: before(at, batch, gain))
-                if divergence_weight or exploration_weight
-                else None,
+                before=before if divergence_weight or exploration_weight else None,
                 first_order=self.first_order,
             )
 
         return loss
+
+    def _with_adapted(
+        self, collect: Collect, num_tasks: int
+    ) -> Callable[[list[PolicyBatch], int], tuple[PolicyBatch, Tensor]]:
+        """`(batches, k) -> (batch, returns)`: what `collect` makes with the parameters that batches D_0, ... give."""
+
+        def with_adapted(batches: list[PolicyBatch], k: int) -> tuple[PolicyBatch, Tensor]:
+            batch, returns = collect(self.adapt(batches) if batches else self.stacked(num_tasks), k)
+            if returns.shape != (num_tasks,):
+                raise ValueError(
+                    f"`collect` must return (batch, returns) with returns of shape (N,) = ({num_tasks},); got "
+                    f"{tuple(returns.shape)}."
+                )
+            return batch, returns
+
+        return with_adapted
 
     def _adapted(self, params: Params, rates: list[Tensor], batches: Sequence[PolicyBatch]) -> Params:
         optimizer = self._optimizer(rates)
@@ -268,8 +281,7 @@ class GradientOuter:
         size, rest = divmod(num_tasks, self.num_minibatches)
         if rest or not size:
             raise ValueError(f"`num_minibatches` = {self.num_minibatches} must divide the {num_tasks} tasks.")
-        starts = range(0, num_tasks, size)
-        parts = [tree_map(lambda leaf, at=start: leaf[at : at + size], tasks) for start in starts]
+        parts = [part for _, part in split_tasks(tasks, size)]
         return [self.learner.update(part) for _ in range(self.num_steps) for part in parts]
 
 
@@ -312,7 +324,7 @@ class TrustRegionOuter:
         tasks = (collected.batches, _gain(collected.returns))
 
         def over_tasks(loss: Callable[[Any, Any], Tensor], tasks: Any) -> Callable[[Any], Tensor]:
-            return lambda meta: vmap(loss, in_dims=(None, 0))(meta, tasks).mean()
+            return lambda meta: map_over_tasks(loss, meta, tasks).mean()
 
         options = self.options
         if self.curvature_share < 1:

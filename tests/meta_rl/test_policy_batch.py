@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import grad, vmap
 
 from ssmrl.core import GRU
+from ssmrl.env_runner import Trajectory
 from ssmrl.meta_rl import (
     Categorical,
     CategoricalHead,
@@ -23,26 +22,13 @@ from ssmrl.meta_rl import (
 )
 
 
-class Steps(NamedTuple):
-    """A trajectory of one task, as `ssmrl.env_runner.Trajectory` has it."""
-
-    observation: Tensor
-    action: Tensor
-    reward: Tensor
-    next_observation: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    reset: Tensor
-    valid: Tensor
-
-
 def steps(seed=0, *, episodes=4, length=6):
     generator = torch.Generator().manual_seed(seed)
     observation = torch.randn(episodes, length + 1, 2, generator=generator, dtype=torch.float64)
     never = torch.zeros(episodes, length, dtype=torch.bool)
     first, last = never.clone(), never.clone()
     first[:, 0] = last[:, -1] = True
-    return Steps(
+    return Trajectory(
         observation[:, :-1],
         torch.randn(episodes, length, 2, generator=generator, dtype=torch.float64),
         torch.randn(episodes, length, generator=generator, dtype=torch.float64),
@@ -89,7 +75,7 @@ def test_what_is_cut_is_worth_what_the_baseline_says_unless_the_horizon_is_the_t
 
 def test_steps_that_are_no_steps_change_nothing():
     one = steps()
-    longer = Steps(*(torch.cat([leaf, leaf[:, :2]], 1) for leaf in one))
+    longer = Trajectory(*(torch.cat([leaf, leaf[:, :2]], 1) for leaf in one))
     longer.reward[:, 6:] = longer.observation[:, 6:] = longer.next_observation[:, 6:] = torch.nan
     longer = longer._replace(valid=torch.cat([one.valid, ~one.valid[:, :2]], 1))
     torch.testing.assert_close(linear_advantages(longer)[:, :6], linear_advantages(one))
@@ -156,7 +142,7 @@ def test_exploration_makes_what_was_worth_something_likelier():
 def test_vmap_over_tasks_is_a_loop():
     losses, params = make()
     tasks = [steps(seed) for seed in range(3)]
-    stacked = Steps(*(torch.stack(leaves) for leaves in zip(*tasks, strict=True)))
+    stacked = Trajectory(*(torch.stack(leaves) for leaves in zip(*tasks, strict=True)))
     together = vmap(lambda one: losses.batch(params, one, linear_advantages(one)))(stacked)
     for n, one in enumerate(tasks):
         alone = losses.batch(params, one, linear_advantages(one))
