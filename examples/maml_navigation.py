@@ -54,15 +54,17 @@ HORIZON = 100
 
 @dataclass(frozen=True)
 class Size:
-    """How much is spent: iterations of the outer loop, tasks and episodes of each, and tasks of the test."""
+    """How much is spent: iterations of the outer loop, and tasks and episodes of each, in training and in the test."""
 
     iterations: int
     tasks: int
     episodes: int
     test_tasks: int
+    test_episodes: int
 
 
-SIZES = {"tiny": Size(2, 3, 4, 4), "default": Size(100, 20, 20, 40)}
+# The paper's test, too, takes at least twice as many episodes for an update as its training (4,000 steps).
+SIZES = {"tiny": Size(2, 3, 4, 4, 4), "default": Size(100, 20, 20, 40, 40)}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Arguments:
     """Rate of the inner step; half of it from the second update of the test on."""
     max_divergence: float = 0.01
     """Of an outer step, the mean KL divergence of the adapted policies."""
-    curvature_share: float = 1.0
+    curvature_share: float = 0.25
     """Share of the episodes that the curvature of an outer step is computed on."""
     updates: int = 3
     """Of the test."""
@@ -127,10 +129,10 @@ def train(arguments, size, family, maml):
 def test(arguments, size, family, maml):
     """Returns after 0, 1, ... updates on tasks of the test, and the paths (N, T, 2) of one episode of each."""
     goals = family.sample(size.test_tasks, seed=0, split="test")
-    rows = [goal for goal in goals for _ in range(size.episodes)]
+    rows = [goal for goal in goals for _ in range(size.test_episodes)]
     environment = Environment(family, tasks=rows, out_of_bounds="clip")
     paths = []
-    collect = collector(environment, maml, size.episodes, paths, arguments.seed, 0, 7)
+    collect = collector(environment, maml, size.test_episodes, paths, arguments.seed, 0, 7)
     returns = maml.evaluate(collect, size.test_tasks, num_updates=arguments.updates)
     # After the first collection adapted policies and those of the control take turns.
     return returns, [*paths[:1], *paths[1::2]], goals
