@@ -43,6 +43,8 @@ class Case:
     report: str = ""
     """The file that the example writes."""
     resumes: bool = True
+    threads: bool = True
+    """It can be told of threads; else it has one."""
     oracle: tuple[str, ...] | None = None
     """Arguments of the run whose return is the oracle's; None: the family knows it, or nobody does."""
     published: str = ""
@@ -101,8 +103,9 @@ def run(arguments: Arguments, case: Case, name: str, extra: tuple[str, ...], see
     report = folder / case.report
     if not report.exists():
         threads = "2" if arguments.jobs == 1 else "1"
-        command = [sys.executable, str(EXAMPLES / case.script), *extra, "--seed", str(seed), "--threads", threads]
-        command += ["--size", arguments.size, "--out", str(folder), *(["--resume"] if case.resumes else [])]
+        command = [sys.executable, str(EXAMPLES / case.script), *extra, "--seed", str(seed), "--size", arguments.size]
+        command += [*(["--threads", threads] if case.threads else []), *(["--resume"] if case.resumes else [])]
+        command += ["--out", str(folder)]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)

@@ -7,7 +7,7 @@ weights change in a trial; what adapts is the state.
 
     python examples/rl2_bandit.py                            # 5 arms, 10 pulls: minutes on one core
     python examples/rl2_bandit.py --pulls 100
-    python examples/rl2_bandit.py --task tabular             # 10 episodes of 10 steps
+    python examples/rl2_bandit.py --task tabular             # 10 episodes of 10 steps; a memory of fast weights
     python examples/rl2_bandit.py --size tiny
     python examples/rl2_bandit.py --resume                   # go on where a run that was killed left off
 
@@ -41,7 +41,6 @@ from ssmrl.meta_rl import PPO, CategoricalHead, PolicyModel, actor_critic_batch
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-MODELS = {"gru": GRU, "lstm": LSTM, "ssm": StateSpaceModel, "diagonal": DiagonalSSM}
 PUBLISHED = {  # Duan et al. 2016, tables 1 and 2: what can be had without learning to learn, and RL²
     ("bandit", 5, 10): {"random": 5.0, "Gittins": 6.6, "Thompson": 5.7, "UCB1": 6.7, "RL²": 6.7},
     ("bandit", 5, 100): {"random": 49.9, "Gittins": 78.3, "Thompson": 74.7, "UCB1": 78.0, "RL²": 78.7},
@@ -59,8 +58,8 @@ class Size:
 
 
 SIZES = {
-    "bandit": {"tiny": Size(4, 200, 50), "default": Size(250, 40_000, 10_000)},
-    "tabular": {"tiny": Size(4, 200, 50), "default": Size(800, 20_000, 5_000)},
+    "bandit": {"tiny": Size(4, 200, 50), "default": Size(200, 40_000, 10_000)},
+    "tabular": {"tiny": Size(4, 200, 50), "default": Size(300, 20_000, 5_000)},
 }
 
 
@@ -68,6 +67,7 @@ SIZES = {
 class Learning:
     """What suits a kind of task. Rates and weights of the entropy are those of the first iteration, and fall to 0."""
 
+    model: str
     lr: float
     """Of Adam."""
     entropy: float
@@ -79,9 +79,9 @@ class Learning:
 
 LEARNING = {
     # The reward of the whole trial is what is sought, and 100 steps are few enough not to discount it.
-    "bandit": Learning(lr=4e-3, entropy=0.03, gamma=(1.0, 1.0), lam=0.95),
+    "bandit": Learning(model="gru", lr=4e-3, entropy=0.03, gamma=(1.0, 1.0), lam=0.95),
     # A process takes longer to learn. First to use what was seen, which little variance helps, then to explore.
-    "tabular": Learning(lr=3e-3, entropy=0.15, gamma=(0.8, 0.98), lam=0.3),
+    "tabular": Learning(model="fast-weights", lr=3e-3, entropy=0.1, gamma=(0.8, 0.99), lam=0.5),
 }
 EPOCHS, MINIBATCHES = 3, 8
 
@@ -98,10 +98,10 @@ class Arguments:
     """Of a bandit: one trial."""
     episodes: int = 10
     """Of a tabular task: one trial."""
-    easier: float = 0.4
+    easier: float = 0.2
     """Of a tabular task: the noise of its rewards grows to what it is over this share of the iterations."""
-    model: Literal["gru", "lstm", "ssm", "diagonal"] = "gru"
-    """What remembers."""
+    model: Literal["gru", "lstm", "ssm", "diagonal", "fast-weights"] | None = None
+    """What remembers. None: a GRU for a bandit, fast weights for a tabular task, which a GRU is slow to learn."""
     width: int = 64
     """Of its state, and of the layers before and after it."""
     iterations: int | None = None
@@ -120,6 +120,56 @@ class Arguments:
     """End after that many iterations, as if killed."""
     tensorboard: bool = False
     """Write the curves for TensorBoard to `out` as well."""
+
+
+class FastWeights(nn.Module):
+    """A memory of what followed what: M_t = M_{t-1} + k_t v_tᵀ, y_t = log(1 ± q_tᵀ M_t), for each of some heads.
+
+        k_t = softmax(W_k x_{t-1}),   v_t = W_v x_t,   q_t = softmax(W_q x_t)
+
+    Under a key of what was seen at the step before, it adds what came of it, and asks with what is seen now: so it can
+    count, and add up rewards, for each state and action. It is linear attention (Schmidhuber 1992; Katharopoulos et al.
+    2020, https://arxiv.org/abs/2006.16236) whose keys are one step late. The logarithm is of magnitudes, with the sign
+    kept. A sequence is computed at once, in O(T²).
+
+    Args:
+        state_dim: slots of a head.
+        input_dim: features of x_t.
+        output_dim: features of y_t, a multiple of `heads`.
+    """
+
+    def __init__(self, state_dim, input_dim, output_dim, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.key, self.query = nn.Linear(input_dim, heads * state_dim), nn.Linear(input_dim, heads * state_dim)
+        self.value = nn.Linear(input_dim, output_dim)
+
+    def init_hidden(self, batch_size=1):
+        """M (B, heads, slots, values), and the key (B, heads, 1, slots) of the step before."""
+        slots, values = len(self.key.bias) // self.heads, len(self.value.bias) // self.heads
+        empty = self.value.weight.new_zeros
+        return empty(batch_size, self.heads, slots, values), empty(batch_size, self.heads, 1, slots)
+
+    def forward(self, x, hidden_state=None, reset=None):
+        if x.dim() == 2:
+            y, hidden_state = self(x[:, None], hidden_state, None if reset is None else reset[:, None])
+            return y[:, 0], hidden_state
+        memory, before = self.init_hidden(len(x)) if hidden_state is None else hidden_state
+        reset = torch.zeros(x.shape[:2], dtype=torch.bool) if reset is None else reset
+        layers = (self.key, self.query, self.value)
+        k, q, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in layers)  # (B, heads, T, ...)
+        k, q = torch.cat([before, k.softmax(-1)], 2), q.softmax(-1)
+        k, before = k[:, :, :-1].masked_fill(reset[:, None, :, None], 0), k[:, :, -1:]
+        trial = reset.long().cumsum(1)  # 0: that of the memory
+        same = (trial[:, :, None] == trial[:, None, :]).tril()[:, None]
+        kept, last = (trial == 0)[:, None, :, None], (trial == trial[:, -1:])[:, None, :, None]
+        y = (q @ k.mT).masked_fill(~same, 0) @ v + (q @ memory).masked_fill(~kept, 0)
+        memory = memory.masked_fill(~kept[:, :, -1:], 0) + k.mT @ v.masked_fill(~last, 0)
+        y = y.transpose(1, 2).flatten(2)
+        return y.sign() * y.abs().log1p(), (memory, before)
+
+
+MODELS = {"gru": GRU, "lstm": LSTM, "ssm": StateSpaceModel, "diagonal": DiagonalSSM, "fast-weights": FastWeights}
 
 
 class Memory(nn.Module):
@@ -277,10 +327,10 @@ def thompson(wins, losses, generator):
 
 
 def ucb1(wins, losses, generator, factor=0.2):
-    """Auer et al. 2002, with the prior's mean, and its bonus times a factor that suits these tasks, as in RL²."""
-    pulled = wins + losses
-    bonus = np.sqrt(2 * np.log(1 + pulled.sum(1, keepdims=True)) / np.maximum(pulled, 1e-9))
-    return ((wins + 1) / (pulled + 2) + factor * bonus).argmax(1)
+    """Auer et al. 2002, with the prior as two pulls, and its bonus times a factor that suits these tasks, as in RL²."""
+    pulled = wins + losses + 2
+    bonus = np.sqrt(2 * np.log(pulled.sum(1, keepdims=True)) / pulled)
+    return ((wins + 1) / pulled + factor * bonus).argmax(1)
 
 
 def play_bandits(p, pulls, choose, generator):
@@ -364,8 +414,8 @@ def main(arguments: Arguments) -> None:
     size, (family, episodes) = SIZES[arguments.task][arguments.size], family_of(arguments)
     with Environment(family, tasks=family.sample(1, seed=0)) as one:
         num_states, num_actions = int(one.single_observation_space.n), int(one.single_action_space.n)
-    of_inputs, of_outputs = num_states + num_actions + 2, num_actions + 1
-    model = Memory(MODELS[arguments.model], of_inputs, of_outputs, arguments.width, episodes * family.horizon)
+    kind, steps = MODELS[arguments.model or LEARNING[arguments.task].model], episodes * family.horizon
+    model = Memory(kind, num_states + num_actions + 2, num_actions + 1, arguments.width, steps)
     policy = PolicyModel(model, CategoricalHead(num_actions), has_value=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     curve, seconds, finished = train(arguments, size, policy, arguments.out / "checkpoints")

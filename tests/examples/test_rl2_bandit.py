@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "rl2_bandit.py"
 
@@ -60,6 +62,26 @@ def test_a_run_that_was_killed_ends_where_the_uninterrupted_one_ends(tmp_path, t
     assert len(whole["curve"]) == 4
     if task == "tabular":
         assert len(whole["in a trial"]["PSRL"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "ssm", "diagonal", "fast-weights"])
+def test_a_memory_run_over_a_sequence_is_its_steps_and_forgets_at_a_reset(kind):
+    """The laws of a state model, which the one that is defined in the script keeps as well."""
+    example = runpy.run_path(str(SCRIPT))
+    torch.manual_seed(0)
+    memory = example["Memory"](example["MODELS"][kind], 5, 3, 8, 20).double()
+    x, reset = torch.randn(3, 7, 5, dtype=torch.float64), torch.zeros(3, 7, dtype=torch.bool)
+    reset[1, 3] = reset[1, 5] = reset[2, 0] = True
+    whole, last = memory(x, None, reset)
+    state, steps = memory.init_hidden(3), []
+    for t in range(7):
+        y, state = memory(x[:, t], state, reset[:, t])
+        steps.append(y)
+    torch.testing.assert_close(torch.stack(steps, 1), whole)
+    torch.testing.assert_close(state, last)
+    first, between = memory(x[:, :4], None, reset[:, :4])
+    torch.testing.assert_close(torch.cat([first, memory(x[:, 4:], between, reset[:, 4:])[0]], 1), whole)
+    torch.testing.assert_close(memory(x[1:2, 3:5])[0], whole[1:2, 3:5])
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
