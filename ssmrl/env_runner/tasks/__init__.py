@@ -12,6 +12,7 @@ from ssmrl.env_runner.tasks.metaworld import metaworld_tasks
 from ssmrl.env_runner.tasks.navigation import navigation, sparse_navigation
 from ssmrl.env_runner.tasks.registration import family_names, task_family
 from ssmrl.env_runner.tasks.sinusoid import sinusoid
+from ssmrl.env_runner.tasks.swingup import cartpole_swingup
 from ssmrl.env_runner.tasks.tabular import optimal_return, tabular_mdp
 from ssmrl.env_runner.tasks.velocity import ant_velocity, halfcheetah_velocity, walker2d_velocity
 
@@ -24,6 +25,7 @@ __all__ = [
     "ant_velocity",
     "bandit",
     "best_prediction",
+    "cartpole_swingup",
     "changing",
     "classic_physics",
     "disabled",

@@ -26,6 +26,7 @@ from ssmrl.env_runner.simulation import Task
 from ssmrl.env_runner.tasks.array_simulation import Dynamics, make_rows
 from ssmrl.env_runner.tasks.cartpole import CARTPOLE_PHYSICS, CartPole
 from ssmrl.env_runner.tasks.classic_env import ClassicEnv
+from ssmrl.env_runner.tasks.draws import check_scatter, scattered
 from ssmrl.env_runner.tasks.family import TaskFamily
 from ssmrl.env_runner.tasks.pendulum import PENDULUM_PHYSICS, Pendulum
 from ssmrl.env_runner.tasks.registration import register, register_family
@@ -53,10 +54,10 @@ def classic_physics(env_id: str, *, base: float = 1.5, spread: float = 3.0, hori
         horizon: None: Gymnasium's, 500 and 200.
     """
     nominal = _nominal(env_id)
-    _check_distribution(base, spread)
+    check_scatter(base, spread)
 
     def draw(generator: np.random.Generator, split: str) -> dict[str, Any]:
-        return _draw(nominal, generator, base, spread)
+        return scattered(nominal, generator, base, spread)
 
     name = f"{env_id.split('-')[0].lower()}-physics"
     horizon = _HORIZONS[env_id] if horizon is None else horizon
@@ -82,8 +83,8 @@ def sample_physics(env_id: str, seed: int, *, base: float = 1.5, spread: float =
     """
     nominal = _nominal(env_id)
     seed = require_integer("seed", seed, 0)
-    _check_distribution(base, spread)
-    return _draw(nominal, np.random.default_rng(seed), base, spread)
+    check_scatter(base, spread)
+    return scattered(nominal, np.random.default_rng(seed), base, spread)
 
 
 def make_with_physics(
@@ -147,18 +148,6 @@ class _TellsAfterwards(gymnasium.Wrapper[Any, Any, Any, Any]):
         told = {} if self._task is None else {"task": self._task}
         self._task = info.get("task")
         return observation, reward, terminated, truncated, {**{k: v for k, v in info.items() if k != "task"}, **told}
-
-
-def _draw(nominal: Mapping[str, float], generator: np.random.Generator, base: float, spread: float) -> dict[str, float]:
-    exponents = generator.uniform(-spread, spread, len(nominal))
-    return {name: value * base ** float(u) for (name, value), u in zip(nominal.items(), exponents, strict=True)}
-
-
-def _check_distribution(base: float, spread: float) -> None:
-    if not (math.isfinite(base) and base > 0):
-        raise ValueError(f"`base` must be positive and finite; got {base}.")
-    if not (math.isfinite(spread) and spread >= 0):
-        raise ValueError(f"`spread` must be at least 0 and finite; got {spread}.")
 
 
 def _check_physics(argument: str, env_id: str, physics: Mapping[str, float]) -> None:

@@ -13,12 +13,13 @@ Letters: B rows, N numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Words", "new_keys", "normal", "uniform"]
+__all__ = ["Words", "check_scatter", "new_keys", "normal", "scattered", "uniform"]
 
 Words = NDArray[np.uint64]
 
@@ -48,3 +49,19 @@ def normal(key: Words, step: Words, size: int) -> NDArray[np.float64]:
     radius, angle = np.split(uniform(key, step, 2 * size), 2, axis=1)
     numbers: NDArray[np.float64] = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
     return numbers
+
+
+def scattered(
+    nominal: Mapping[str, float], generator: np.random.Generator, base: float, spread: float
+) -> dict[str, float]:
+    """Return every value times base^u with its own u ~ U[-spread, spread]."""
+    exponents = generator.uniform(-spread, spread, len(nominal))
+    return {name: value * base ** float(u) for (name, value), u in zip(nominal.items(), exponents, strict=True)}
+
+
+def check_scatter(base: float, spread: float) -> None:
+    """Raise a ValueError unless base > 0 and spread >= 0 are finite."""
+    if not (math.isfinite(base) and base > 0):
+        raise ValueError(f"`base` must be positive and finite; got {base}.")
+    if not (math.isfinite(spread) and spread >= 0):
+        raise ValueError(f"`spread` must be at least 0 and finite; got {spread}.")

@@ -22,6 +22,7 @@ from ssmrl.env_runner.tasks.linear import make_batch
 NAMES = [
     "bandit",
     "cartpole-physics",
+    "cartpole-swingup",
     "linear-system",
     "navigation",
     "pendulum-physics",
