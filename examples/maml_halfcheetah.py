@@ -66,20 +66,23 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 HORIZON = 100
+VELOCITY = 2.0  # the highest, in m/s, as in MAML
 LAMBDA = 0.95  # of the advantages; 1 in ProMP, which varies more and learns more slowly here
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is spent: iterations of the outer loop, tasks and episodes of each, and tasks of the test."""
+    """How much is spent: iterations of the outer loop, tasks and episodes of each, in training and in the test."""
 
     iterations: int
     tasks: int
     episodes: int
     test_tasks: int
+    test_episodes: int
 
 
-SIZES = {"tiny": Size(3, 2, 2, 2), "default": Size(500, 10, 20, 40)}
+# The noise of a gradient on 20 episodes is averaged over tasks in training; in the test every task has its own.
+SIZES = {"tiny": Size(3, 2, 2, 2, 2), "default": Size(500, 10, 20, 40, 40)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Arguments:
     width: int = 64
     """Of the two hidden layers, or of the recurrent state."""
     inner_lr: float = 0.2
-    """Rate of the first inner step; half of it from the second update of the test on."""
+    """Rate of the first inner step; every further one of the test has half of the rate before it."""
     outer_lr: float = 0.001
     """Of Adam."""
     outer_steps: int = 5
@@ -152,14 +155,16 @@ class Timed(VectorWrapper):
 
 
 def tasks_of(arguments, family, num_tasks, seed, split="train"):
-    """Directions by turns, so that every batch has as many of each; of other families, tasks drawn anew."""
+    """N tasks of all kinds, so that batches differ less: directions by turns, a velocity from each of N intervals."""
     if arguments.family in ("halfcheetah-dir", "ant-dir"):
         return [{"direction": (-1.0, 1.0)[n % 2]} for n in range(num_tasks)]
-    return family.sample(num_tasks, seed=seed, split=split)
+    tasks = family.sample(num_tasks, seed=seed, split=split)
+    if arguments.family == "halfcheetah-vel" and split == "train":
+        return [{"velocity": (n * VELOCITY + task["velocity"]) / num_tasks} for n, task in enumerate(tasks)]
+    return tasks
 
 
-def make_environment(arguments, size, family, clock, num_tasks):
-    rows = num_tasks * size.episodes
+def make_environment(arguments, family, clock, rows):
     tasks = family.sample(1, seed=0) * rows  # `collector` sets others
     return Timed(Environment(family, tasks=tasks, out_of_bounds="clip", num_threads=arguments.threads), clock)
 
@@ -191,13 +196,15 @@ def policy_sees(arguments, moments, x, task):
     return torch.cat([normalize(moments, x[..., :size]), x[..., size:], *known], -1)
 
 
-def collector(arguments, size, maml, moments, environment, tasks, clock, seen, *key):
+def collector(arguments, maml, moments, environment, tasks, clock, seen, *key):
     """`collect(params, k)` of these tasks, with random numbers of their own for every `key` and k.
 
-    What it observes, and where that is valid, is put into the list `seen`, if there is one.
+    Every task has as many episodes as the environment has rows for it. What it observes, and where that is valid, is
+    put into the list `seen`, if there is one.
     """
     num_tasks, policy = len(tasks), maml.policy
-    environment.unwrapped.set_tasks([task for task in tasks for _ in range(size.episodes)])
+    episodes = environment.num_envs // num_tasks
+    environment.unwrapped.set_tasks([task for task in tasks for _ in range(episodes)])
     actions = environment.single_action_space.shape[0]
     told = torch.tensor([[next(iter(task.values()))] for task in tasks])  # (N, 1)
     remembers = arguments.memory != "none"
@@ -226,7 +233,7 @@ def collector(arguments, size, maml, moments, environment, tasks, clock, seen, *
             if seen is not None:
                 seen.append((flat.observation, flat.valid))
             batch = vmap(batch_of)(params, trajectory, x.unflatten(0, (num_tasks, -1)), told)
-        return batch, trajectory.reward.sum((1, 2)) / size.episodes
+        return batch, trajectory.reward.sum((1, 2)) / episodes
 
     return collect
 
@@ -236,7 +243,7 @@ def train(arguments, size, family, maml, outer, clock, writer):
 
     There are no returns if the run was stopped.
     """
-    environment = make_environment(arguments, size, family, clock, size.tasks)
+    environment = make_environment(arguments, family, clock, size.tasks * size.episodes)
     curve, folder = [], arguments.out / "checkpoints"
     moments = init_moments(environment.single_observation_space.shape)
     found = load_checkpoint(folder) if arguments.resume else None
@@ -252,7 +259,7 @@ def train(arguments, size, family, maml, outer, clock, writer):
             with clock("iteration"):
                 tasks = tasks_of(arguments, family, size.tasks, derive_seed(arguments.seed, iteration))
                 seen = []
-                collect = collector(arguments, size, maml, moments, environment, tasks, clock, seen, iteration)
+                collect = collector(arguments, maml, moments, environment, tasks, clock, seen, iteration)
                 collected = maml.collect(collect, size.tasks)
                 with clock("gradients"):
                     outer.step(collected)
@@ -280,8 +287,8 @@ def train(arguments, size, family, maml, outer, clock, writer):
 def test(arguments, size, family, maml, moments, clock):
     """Returns (updates + 1, N) on tasks of the test with adaptation and without, and what collects there."""
     tasks = tasks_of(arguments, family, size.test_tasks, 0, "test")
-    environment = make_environment(arguments, size, family, clock, size.test_tasks)
-    collect = collector(arguments, size, maml, moments, environment, tasks, clock, None, 0, 7)
+    environment = make_environment(arguments, family, clock, size.test_tasks * size.test_episodes)
+    collect = collector(arguments, maml, moments, environment, tasks, clock, None, 0, 7)
     returns = maml.evaluate(collect, len(tasks), num_updates=0 if arguments.oracle else arguments.updates)
     return tasks, returns, collect
 
@@ -337,13 +344,12 @@ def main(arguments: Arguments) -> None:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     writer, clock = tensorboard_writer(arguments), Clock()
-    # The published tasks: 100 steps; velocities of MAML's HalfCheetah-Vel up to 2 m/s.
-    settings = {"high": 2.0} if arguments.family == "halfcheetah-vel" else {}
+    settings = {"high": VELOCITY} if arguments.family == "halfcheetah-vel" else {}
     size, family = SIZES[arguments.size], task_family(arguments.family, horizon=HORIZON, **settings)
     with family.make(family.sample(1, seed=0)[0]) as one:
         policy = make_policy(arguments, one.observation_space, one.action_space.shape[0])
     rate = arguments.inner_lr
-    inner = torchopt.sgd(lambda step: rate * 0.5 ** (step > 0))
+    inner = torchopt.sgd(lambda step: rate * 0.5**step)
     maml = PolicyMAML(policy, inner, inner_steps=0 if arguments.oracle else 1)
     maml.inner_loss = maml.losses.surrogate
     outer = GradientOuter(maml, outer_lr=arguments.outer_lr, num_steps=arguments.outer_steps, compile=arguments.compile)

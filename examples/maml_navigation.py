@@ -72,11 +72,11 @@ class Arguments:
     """MAML with TRPO on 2D navigation."""
 
     inner_lr: float = 0.5
-    """Rate of the inner step; half of it from the second update of the test on."""
-    max_divergence: float = 0.01
+    """Rate of the inner step; a quarter of it from the second update of the test on."""
+    max_divergence: float = 0.02
     """Of an outer step, the mean KL divergence of the adapted policies."""
     curvature_share: float = 0.25
-    """Share of the episodes that the curvature of an outer step is computed on."""
+    """Share of the episodes with adapted policies that the curvature of an outer step is computed on."""
     updates: int = 3
     """Of the test."""
     seed: int = 0
@@ -164,7 +164,7 @@ def main(arguments: Arguments) -> None:
     size, family = SIZES[arguments.size], task_family("navigation")
     policy = PolicyModel(MLP(2, 2, hidden_dim=100), GaussianHead(2))
     rate = arguments.inner_lr
-    maml = PolicyMAML(policy, torchopt.sgd(lambda step: rate * 0.5 ** (step > 0)))
+    maml = PolicyMAML(policy, torchopt.sgd(lambda step: rate * 0.25 ** (step > 0)))
     began = time.time()
     curve = train(arguments, size, family, maml)
     seconds = time.time() - began

@@ -291,8 +291,8 @@ class TrustRegionOuter:
     Args:
         maml: what it learns.
         max_divergence: δ, on the mean divergence of the adapted policies from those that acted.
-        curvature_share: share of every task's episodes that the curvature is computed on; the line search holds the
-            bound on all of them.
+        curvature_share: share of every task's episodes, before and after adaptation, that the curvature is computed on;
+            the line search holds the bound on all of them.
         exploration_weight: of E-MAML's term, as for `GradientOuter`.
         **options: of `trust_region_step`.
     """
@@ -328,10 +328,15 @@ class TrustRegionOuter:
 
         options = self.options
         if self.curvature_share < 1:
-            # A shorter batch of each task; its mean divergence estimates that of all.
+            # Fewer episodes adapt to other policies than those that acted. The divergence is from them: it has to be at
+            # its minimum, or its Hessian is no curvature.
             episodes = collected.batches[0].valid.shape[1]
             some = max(round(self.curvature_share * episodes), 1)
-            part = tree_map(lambda leaf: leaf[:, :some], collected.batches)
+            *before, after = tree_map(lambda leaf: leaf[:, :some], collected.batches)
+            with torch.no_grad():
+                adapted = self.maml.adapt(before) if before else self.maml.stacked(len(after.valid))
+                after = after._replace(old=vmap(self.maml.losses.distribution)(adapted, after))
+            part = (*before, after)
             options = {**options, "curvature_fn": over_tasks(self._divergence, (part, tasks[1]))}
         params, rates = self.maml.meta_params
         meta = ({name: p.detach() for name, p in params.items()}, [rate.detach() for rate in rates])

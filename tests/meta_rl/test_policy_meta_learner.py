@@ -24,7 +24,9 @@ from ssmrl.meta_rl import (
     TrustRegionOuter,
     adapt_policy,
     normalize_advantages,
+    policy_meta_learner,
     policy_meta_loss,
+    trust_region_step,
 )
 
 TASKS, EPISODES, STEPS = 4, 6, 3
@@ -235,6 +237,31 @@ def test_the_share_of_the_curvature_changes_the_direction():
         TrustRegionOuter(maml, curvature_share=share).step(maml.collect(collector(policy), TASKS))
         after.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     assert not torch.allclose(after[0], after[1])
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1, 2])
+def test_a_share_of_the_curvature_is_that_of_a_divergence_at_its_minimum(monkeypatch, inner_steps):
+    """It is from the policies that fewer episodes adapt to: 0 there, and growing in every direction."""
+    policy = make()
+    maml = PolicyMAML(policy, torchopt.sgd(0.3), inner_steps=inner_steps)
+    seen: list[Any] = []
+
+    def step(loss_fn, divergence_fn, params, *, curvature_fn, **options):
+        seen.append((curvature_fn, {name: p.clone() for name, p in params[0].items()}))
+        return trust_region_step(loss_fn, divergence_fn, params, curvature_fn=curvature_fn, **options)
+
+    monkeypatch.setattr(policy_meta_learner, "trust_region_step", step)
+    outer = TrustRegionOuter(maml, curvature_share=0.3)
+    outer.step(maml.collect(collector(policy), TASKS))
+    [(curvature, params)] = seen
+    at = {name: p.requires_grad_() for name, p in params.items()}
+    divergence = curvature((at, []))
+    assert float(divergence.detach()) == pytest.approx(0.0, abs=1e-12)
+    for slope in torch.autograd.grad(divergence, [*at.values()]):
+        torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-10, rtol=0)
+    for name in at:
+        moved = {other: p + 0.01 * (other == name) for other, p in at.items()}
+        assert float(curvature((moved, [])).detach()) > 0
 
 
 @pytest.mark.parametrize("outer", ["gradient", "trust region"])
