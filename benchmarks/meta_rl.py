@@ -68,7 +68,7 @@ CASES = {
     "direction_gru": Case(CHEETAH, ("--memory", "gru"), "halfcheetah_dir.json", oracle=("--oracle",)),
     "velocity": Case(
         CHEETAH,
-        VELOCITY,
+        (*VELOCITY, "--outer-lr", "0.002"),
         "halfcheetah_vel.json",
         oracle=(*VELOCITY, "--oracle"),
         published="gap closed by MAML (Finn et al. 2017) after 1 / 3 updates: 0.68 / 0.92, 76M steps",
@@ -126,7 +126,7 @@ def put_together(arguments: Arguments, case: Case, runs: list[dict[str, Any]], o
         oracle = torch.tensor([one[RETURNS][0] for one in oracles]).mean(0) if oracles else None
     generator = torch.Generator().manual_seed(0)
     report = adaptation_report(returns, control, oracle=oracle, task_blind=blind, generator=generator)
-    curves = [one.get("curve: before, after, steps", one.get("curve")) for one in runs]
+    curves = [one["curve: before, after, steps"] for one in runs]
     thin = max(len(curves[0]) // 100, 1)
     found = {
         **report.to_dict(),
@@ -152,11 +152,11 @@ def put_together(arguments: Arguments, case: Case, runs: list[dict[str, Any]], o
 def plot(name: str, report: AdaptationReport, found: dict[str, Any], path: Path) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4))
     for n, curve in enumerate(found["curves: before, after, steps"]):
-        columns = list(zip(*curve, strict=True))
-        at: Any = [s / 1e6 for s in columns[2]] if len(columns) == 3 else range(len(curve))
-        axes[0].plot(at, columns[0], color="0.7", label=None if n else "before the inner step")
-        axes[0].plot(at, columns[1], color="C0", alpha=0.7, label=None if n else "after it")
-        axes[0].set_xlabel("environment steps, millions" if len(columns) == 3 else "iteration")
+        before, after, steps = zip(*curve, strict=True)
+        millions = [s / 1e6 for s in steps]
+        axes[0].plot(millions, before, color="0.7", label=None if n else "before the inner steps")
+        axes[0].plot(millions, after, color="C0", alpha=0.7, label=None if n else "after them")
+    axes[0].set_xlabel("environment steps, millions")
     axes[0].set(ylabel="mean return", title=f"{name}: training, {len(found['seconds'])} seeds")
     axes[0].legend(fontsize=7)
     plot_adaptation(report, axes[1])

@@ -30,8 +30,8 @@ def test_it_plots_and_reports_and_a_seed_repeats_it(tmp_path):
     assert all(math.isfinite(value) and value < 0 for row in first[name] for value in row)
     assert first[name][0] == first["returns never adapted"][0]
     assert first[name][1] != first["returns never adapted"][1]
-    assert first["curve"] == again["curve"]
+    assert first["curve: before, after, steps"] == again["curve: before, after, steps"]
     assert first[name] == again[name]
-    assert other["curve"] != first["curve"]
+    assert other["curve: before, after, steps"] != first["curve: before, after, steps"]
     assert abs(first["task-blind optimum, oracle"][0] + 38.26) < 0.01
     assert (tmp_path / "a" / "maml_navigation.png").stat().st_size > 10_000
