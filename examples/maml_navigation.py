@@ -3,11 +3,10 @@
 Tasks are goals in the square around the start; the reward is minus the distance. The policy collects 20 episodes of a
 task, makes one step of policy gradient on them, and collects 20 more; the outer loop changes the initial policy by
 TRPO so that the return after the step is high (Finn et al. 2017, section 5.3). In the last third of the training it
-makes two steps, and the outer loop differentiates through both. All tasks are collected and differentiated at once. The
-plot shows the paths on four goals that were not trained on, before and after the updates,
-and the learning curve.
+makes two steps, and the outer loop differentiates through both. All tasks are collected and differentiated at once.
+The plot shows the paths on four goals that were not trained on, before and after the updates, and the learning curve.
 
-    python examples/maml_navigation.py                    # 88 iterations, 8 million steps: some minutes
+    python examples/maml_navigation.py                    # 88 iterations, 8 million steps: three minutes
     python examples/maml_navigation.py --size tiny
 """
 

@@ -68,6 +68,7 @@ class Learning:
     """What suits a kind of task. Rates and weights of the entropy are those of the first iteration, and fall to 0."""
 
     model: str
+    """What remembers, of `MODELS`."""
     lr: float
     """Of Adam."""
     entropy: float

@@ -186,7 +186,7 @@ class PolicyMAML:
         """`(batches, k) -> (batch, returns)`: what `collect` makes with the parameters that batches D_0, ... give."""
 
         def with_adapted(batches: list[PolicyBatch], k: int) -> tuple[PolicyBatch, Tensor]:
-            batch, returns = collect(self.adapt(batches) if batches else self.stacked(num_tasks), k)
+            batch, returns = collect(_after(self, batches, num_tasks), k)
             if returns.shape != (num_tasks,):
                 raise ValueError(
                     f"`collect` must return (batch, returns) with returns of shape (N,) = ({num_tasks},); got "
@@ -334,7 +334,7 @@ class TrustRegionOuter:
             some = max(round(self.curvature_share * episodes), 1)
             *before, after = tree_map(lambda leaf: leaf[:, :some], collected.batches)
             with torch.no_grad():
-                adapted = self.maml.adapt(before) if before else self.maml.stacked(len(after.valid))
+                adapted = _after(self.maml, before, len(after.valid))
                 after = after._replace(old=vmap(self.maml.losses.distribution)(adapted, after))
             part = (*before, after)
             options = {**options, "curvature_fn": over_tasks(self._divergence, (part, tasks[1]))}
@@ -347,6 +347,11 @@ class TrustRegionOuter:
             for rate, value in zip(rates, done.params[1], strict=True):
                 rate.copy_(value)
         return done
+
+
+def _after(maml: PolicyMAML, batches: Sequence[PolicyBatch], num_tasks: int) -> Params:
+    """θ_k of every task after D_0, ..., D_{k-1}; θ_0 after none."""
+    return maml.adapt(batches) if batches else maml.stacked(num_tasks)
 
 
 def _gain(returns: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ssmrl.env_runner.tasks.array_simulation import Arrays, Step
 from ssmrl.env_runner.tasks.canvas import BLUE, GREY, RED, Canvas
 from ssmrl.env_runner.tasks.parameters import POSITIVE, Parameter
 
-__all__ = ["CARTPOLE_PHYSICS", "CartPole"]
+__all__ = ["CARTPOLE_PHYSICS", "CartPole", "accelerations", "with_totals"]
 
 CARTPOLE_PHYSICS = {"gravity": 9.8, "masscart": 1.0, "masspole": 0.1, "length": 0.5}
 """Gymnasium's: m/s², kg, kg, and half the length of the pole in m."""
@@ -57,8 +57,7 @@ class CartPole:
 
     def derive(self, values: Arrays) -> Arrays:
         """Return the total mass, and the mass of the pole times half its length, beside the parameters."""
-        pole = values["masspole"]
-        return {**values, "total": pole + values["masscart"], "moment": pole * values["length"]}
+        return with_totals(values)
 
     def start(self, generators: Sequence[np.random.Generator], options: Mapping[str, Any]) -> Arrays:
         """Return position, velocity, angle and angular velocity, each uniform in options["low"] to options["high"]."""
@@ -68,15 +67,8 @@ class CartPole:
 
     def step(self, state: Arrays, actions: NDArray[Any], derived: Arrays) -> Step:
         """Push to the right where the action is 1."""
-        total, moment, pole = derived["total"], derived["moment"], derived["masspole"]
         x, v, angle, omega = state["motion"].T
-        cosine, sine = np.cos(angle), np.sin(angle)
-        force = np.where(actions == 1, _FORCE, -_FORCE)
-        push = (force + moment * np.square(omega) * sine) / total
-        turn = (derived["gravity"] * sine - cosine * push) / (
-            derived["length"] * (4.0 / 3.0 - pole * np.square(cosine) / total)
-        )
-        acceleration = push - moment * turn * cosine / total
+        acceleration, turn = accelerations(angle, omega, np.where(actions == 1, _FORCE, -_FORCE), derived)
         motion = np.empty_like(state["motion"])
         motion[:, 0] = x = x + _SECONDS * v
         motion[:, 1] = v + _SECONDS * acceleration
@@ -103,3 +95,22 @@ class CartPole:
         canvas.line((x - 0.15, 0.0), (x + 0.15, 0.0), 0.2, BLUE)
         canvas.line((x, 0.0), (x + length * np.sin(angle), length * np.cos(angle)), 0.06, RED)
         return canvas.pixels
+
+
+def with_totals(values: Arrays) -> Arrays:
+    """Return the parameters with M, the `total` mass, and m l, the `moment`."""
+    pole = values["masspole"]
+    return {**values, "total": pole + values["masscart"], "moment": pole * values["length"]}
+
+
+def accelerations(
+    angle: NDArray[Any], omega: NDArray[Any], force: NDArray[Any], derived: Arrays
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return x'' and θ'', (B,) each, at θ, θ' and F, with the parameters and totals of `with_totals`."""
+    total, moment, pole = derived["total"], derived["moment"], derived["masspole"]
+    cosine, sine = np.cos(angle), np.sin(angle)
+    push = (force + moment * np.square(omega) * sine) / total
+    turn = (derived["gravity"] * sine - cosine * push) / (
+        derived["length"] * (4.0 / 3.0 - pole * np.square(cosine) / total)
+    )
+    return push - moment * turn * cosine / total, turn

@@ -3,7 +3,7 @@
 NumPy's generators draw for one row at a time, which in every step would cost more than the rest of a small
 simulation. Here number i of a row is a hash of the row's key and i: B rows are drawn together, a row's numbers do not
 depend on the others, and a key and a count are all there is to save. The key is drawn from the row's own generator
-when an episode begins.
+when an episode begins. Tasks are drawn one by one, from NumPy's (`scattered`).
 
 The hash is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators",
 https://doi.org/10.1145/2660193.2660195): number i of key k is mix(k + (i + 1) γ), γ = 2⁶⁴ / golden ratio, modulo 2⁶⁴.

@@ -1,10 +1,9 @@
 """Swing up the pole that hangs from a cart, and balance it there, by a force on the cart.
 
-    θ'' = (g sin θ - cos θ (10 u + m l θ'² sin θ) / M) / (l (4/3 - m cos² θ / M))
-    x'' = (10 u + m l θ'² sin θ) / M - m l θ'' cos θ / M
     r = (1 + cos θ) / 2 · (1 + e(x / 2)) / 2 · (1 + e(θ' / 5)) / 2 · (5 - u²) / 5,   e(z) = 10^(-z²)
 
-with the letters of `cartpole`: θ is 0 when the pole is upright. Letters: B rows, R rows in which an episode begins.
+The equations of motion, with the force F = 10 u, are those of `cartpole`: θ is 0 when the pole is upright. Letters: B
+rows, R rows in which an episode begins.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ssmrl.env_runner.tasks.array_simulation import Arrays, Step, makers
 from ssmrl.env_runner.tasks.canvas import BLUE, GREY, RED, Canvas
+from ssmrl.env_runner.tasks.cartpole import accelerations, with_totals
 from ssmrl.env_runner.tasks.draws import check_scatter, scattered
 from ssmrl.env_runner.tasks.family import TaskFamily
 from ssmrl.env_runner.tasks.parameters import POSITIVE, Parameter
@@ -58,8 +58,7 @@ class CartPoleSwingUp:
 
     def derive(self, values: Arrays) -> Arrays:
         """Return the total mass, and the mass of the pole times half its length, beside the parameters."""
-        pole = values["masspole"]
-        return {**values, "total": pole + values["masscart"], "moment": pole * values["length"]}
+        return with_totals(values)
 
     def start(self, generators: Sequence[np.random.Generator], options: Mapping[str, Any]) -> Arrays:
         """Return x, x', θ and θ' near 0, 0, π and 0: with deviations of 0.01."""
@@ -68,16 +67,11 @@ class CartPoleSwingUp:
 
     def step(self, state: Arrays, actions: NDArray[Any], derived: Arrays) -> Step:
         """Push with actions (B, 1)."""
-        total, moment, pole = derived["total"], derived["moment"], derived["masspole"]
         u = np.clip(actions[:, 0].astype(np.float64), -1.0, 1.0)
         x, v, angle, omega = state["motion"].T
         for _ in range(_SUBSTEPS):
-            cosine, sine = np.cos(angle), np.sin(angle)
-            push = (_FORCE * u + moment * np.square(omega) * sine) / total
-            turn = (derived["gravity"] * sine - cosine * push) / (
-                derived["length"] * (4.0 / 3.0 - pole * np.square(cosine) / total)
-            )
-            v = v + _SECONDS / _SUBSTEPS * (push - moment * turn * cosine / total)
+            acceleration, turn = accelerations(angle, omega, _FORCE * u, derived)
+            v = v + _SECONDS / _SUBSTEPS * acceleration
             omega = omega + _SECONDS / _SUBSTEPS * turn
             x = x + _SECONDS / _SUBSTEPS * v
             angle = angle + _SECONDS / _SUBSTEPS * omega

@@ -22,7 +22,7 @@ def step(motion: Any, u: float, **physics: float) -> tuple[Any, float]:
 
 
 def accelerations(motion: Any, force: float, g: float, cart: float, pole: float, half: float) -> Any:
-    """X'' and θ'' of Lagrange's equations for a cart and a uniform rod, as a linear system."""
+    """The accelerations x'' and θ'' of Lagrange's equations for a cart and a uniform rod, as a linear system."""
     _, _, angle, omega = motion
     cosine, sine = np.cos(angle), np.sin(angle)
     mass = [[cart + pole, pole * half * cosine], [pole * half * cosine, 4 / 3 * pole * half**2]]
