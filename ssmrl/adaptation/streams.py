@@ -154,6 +154,18 @@ class StreamAdapter:
         named = self._live.rules.anchor if self._streams is None else in_use(self._streams)
         return {name: (p if self._streams is None else p[stream]).clone() for name, p in named.items()}
 
+    def in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weights that streams predict with, by name, for a computation of your own; not to be written to.
+
+        Returns:
+            What adapts, (N, ...) each, and what does not, parameters and buffers, which all streams share.
+        """
+        if self._streams is None:
+            mine = {name: p.expand(self.num_streams, *p.shape) for name, p in self._live.rules.anchor.items()}
+        else:
+            mine = dict(in_use(self._streams))
+        return mine, self._live.others()
+
     def reset(self, streams: Tensor | None = None) -> None:
         """Begin anew, at the anchor, in the streams of a mask, Bool (N,); None: in all."""
         mask = torch.ones_like(self._active) if streams is None else self._mask(streams)

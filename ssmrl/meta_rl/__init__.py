@@ -1,8 +1,11 @@
 """Learning to adapt."""
 
+from ssmrl.meta_rl.action_sequences import BoxActions, CategoricalPlan, DiscreteActions, GaussianPlan, colored_noise
 from ssmrl.meta_rl.actor_critic import ActorCriticBatch, actor_critic_batch
 from ssmrl.meta_rl.baselines import ValueNetwork, fit_linear_baseline, linear_baseline, linear_features, value_loss
+from ssmrl.meta_rl.control import AdaptiveControl, ControlState
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
+from ssmrl.meta_rl.dynamics import DynamicsScales, Moments, dynamics_data, dynamics_scales, model_step
 from ssmrl.meta_rl.evaluation import (
     AdaptationReport,
     AdaptationReturns,
@@ -25,6 +28,7 @@ from ssmrl.meta_rl.losses import (
 from ssmrl.meta_rl.meta_learner import MetaLearner
 from ssmrl.meta_rl.meta_maml import MetaMAML
 from ssmrl.meta_rl.objectives import implicit_loss, multi_step_loss, post_adaptation_loss, reptile_loss
+from ssmrl.meta_rl.planning import Planned, Planner, cem, mppi, random_shooting, sequence_costs
 from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, PolicyOutput
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses, linear_advantages
 from ssmrl.meta_rl.policy_maml import adapt_policy, policy_meta_loss
@@ -47,18 +51,28 @@ __all__ = [
     "ActorCriticBatch",
     "AdaptationReport",
     "AdaptationReturns",
+    "AdaptiveControl",
+    "BoxActions",
     "Categorical",
     "CategoricalHead",
+    "CategoricalPlan",
     "Collected",
+    "ControlState",
+    "DiscreteActions",
     "Distribution",
+    "DynamicsScales",
     "Gaussian",
     "GaussianHead",
+    "GaussianPlan",
     "GradientOuter",
     "Interval",
     "MetaLearner",
     "MetaMAML",
+    "Moments",
     "PPOTerms",
     "PPOUpdate",
+    "Planned",
+    "Planner",
     "PolicyBatch",
     "PolicyLosses",
     "PolicyMAML",
@@ -73,10 +87,14 @@ __all__ = [
     "adapt_policy",
     "adaptation_report",
     "adaptation_returns",
+    "cem",
     "clipped_surrogate_loss",
+    "colored_noise",
     "count_episodes",
     "dice_loss",
     "discounted_returns",
+    "dynamics_data",
+    "dynamics_scales",
     "entropy_bonus",
     "episode_step",
     "fit_linear_baseline",
@@ -94,13 +112,17 @@ __all__ = [
     "loaded_dice_loss",
     "magic_box",
     "masked_mean",
+    "model_step",
+    "mppi",
     "multi_step_loss",
     "normalize_advantages",
     "plot_adaptation",
     "policy_meta_loss",
     "post_adaptation_loss",
     "ppo_loss",
+    "random_shooting",
     "reptile_loss",
+    "sequence_costs",
     "stratified_bootstrap",
     "student_t_interval",
     "surrogate_loss",
