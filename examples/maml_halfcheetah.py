@@ -96,7 +96,7 @@ class Arguments:
     """Of the two hidden layers, or of the recurrent state."""
     inner_lr: float = 0.2
     """Rate of the first inner step; every further one of the test has half of the rate before it."""
-    outer_lr: float = 0.001
+    outer_lr: float = 0.002
     """Of Adam."""
     outer_steps: int = 5
     """Steps on the same data."""

@@ -102,7 +102,7 @@ def cem(
         candidates = actions.sample(plan, one)
         found = costs(candidates)
         kept, index = found.topk(number, largest=False)
-        finite = torch.isfinite(kept)
+        finite = torch.isfinite(kept).to(kept.dtype)
         weights = finite / finite.sum()
         least = torch.minimum(least, kept[0])
         plan = _fitted(actions, plan, candidates[index], kept, weights, least, smoothing=smoothing).plan

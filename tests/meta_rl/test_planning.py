@@ -120,6 +120,13 @@ def test_choices_are_found(method):
     assert found.cost == -4.0
 
 
+@over_methods
+def test_a_plan_in_double_precision_is_in_double_precision(method):
+    space = BoxActions(*torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
+    found = plans(method, lambda a: (a - 0.3).square().sum((1, 2)), space)
+    assert found.plan.mean.dtype == found.plan.scale.dtype == found.cost.dtype == torch.float64
+
+
 def test_weights_of_mppi_by_hand():
     noise = torch.tensor([[[[0.0]], [[1.0]], [[-1.0]]]])
     space = BoxActions([-1.0], [1.0], initial_scale=1.0)
