@@ -5,7 +5,17 @@ from ssmrl.meta_rl.actor_critic import ActorCriticBatch, actor_critic_batch
 from ssmrl.meta_rl.baselines import ValueNetwork, fit_linear_baseline, linear_baseline, linear_features, value_loss
 from ssmrl.meta_rl.control import AdaptiveControl, ControlState
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
-from ssmrl.meta_rl.dynamics import DynamicsScales, Moments, dynamics_data, dynamics_scales, model_step
+from ssmrl.meta_rl.dynamics import (
+    DynamicsScales,
+    Moments,
+    dynamics_data,
+    dynamics_scales,
+    model_step,
+    one_step_loss,
+    open_loop_loss,
+    predict_open_loop,
+)
+from ssmrl.meta_rl.dynamics_objectives import AdaptiveLosses, Transitions, adaptive_planning_loss, planning_loss
 from ssmrl.meta_rl.evaluation import (
     AdaptationReport,
     AdaptationReturns,
@@ -52,6 +62,7 @@ __all__ = [
     "AdaptationReport",
     "AdaptationReturns",
     "AdaptiveControl",
+    "AdaptiveLosses",
     "BoxActions",
     "Categorical",
     "CategoricalHead",
@@ -80,6 +91,7 @@ __all__ = [
     "PolicyOutput",
     "TanhGaussian",
     "Task",
+    "Transitions",
     "TrustRegionOuter",
     "TrustRegionStep",
     "ValueNetwork",
@@ -87,6 +99,7 @@ __all__ = [
     "adapt_policy",
     "adaptation_report",
     "adaptation_returns",
+    "adaptive_planning_loss",
     "cem",
     "clipped_surrogate_loss",
     "colored_noise",
@@ -116,10 +129,14 @@ __all__ = [
     "mppi",
     "multi_step_loss",
     "normalize_advantages",
+    "one_step_loss",
+    "open_loop_loss",
+    "planning_loss",
     "plot_adaptation",
     "policy_meta_loss",
     "post_adaptation_loss",
     "ppo_loss",
+    "predict_open_loop",
     "random_shooting",
     "reptile_loss",
     "sequence_costs",

@@ -17,7 +17,17 @@ from ssmrl.adaptation.tree import is_there
 from ssmrl.core.base import functional_forward
 from ssmrl.meta_rl.planning import Params, Step
 
-__all__ = ["Cost", "DynamicsScales", "Moments", "dynamics_data", "dynamics_scales", "model_step"]
+__all__ = [
+    "Cost",
+    "DynamicsScales",
+    "Moments",
+    "dynamics_data",
+    "dynamics_scales",
+    "model_step",
+    "one_step_loss",
+    "open_loop_loss",
+    "predict_open_loop",
+]
 
 Cost = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`cost(observation (C, D), action (C, A), next_observation (C, D)) -> (C,)`, the lower the better."""
@@ -126,3 +136,72 @@ def model_step(
         return price, following, after if is_there(after) else ()
 
     return step
+
+
+def predict_open_loop(
+    step: Step, params: Params, hidden_state: Any, observation: Tensor, action: Tensor
+) -> tuple[Tensor, Any]:
+    """Return what a model predicts for H steps from its own predictions, and the state after them.
+
+    Args:
+        step: the model, see `Step`.
+        params: what `step` gets.
+        hidden_state: leaves (B, ...), before `observation`; None or () for a model without one.
+        observation: (B, D), where the predictions begin.
+        action: (B, H, A).
+
+    Returns:
+        (B, H, D), and leaves (B, ...).
+    """
+    hidden_state = hidden_state if is_there(hidden_state) else ()
+    predicted = []
+    for t in range(action.shape[1]):
+        _, observation, hidden_state = step(params, hidden_state, observation, action[:, t])
+        predicted.append(observation)
+    return torch.stack(predicted, 1), hidden_state
+
+
+def one_step_loss(
+    model: nn.Module,
+    scales: DynamicsScales,
+    params: Params,
+    hidden_state: Any,
+    observation: Tensor,
+    action: Tensor,
+    next_observation: Tensor,
+) -> tuple[Tensor, Any]:
+    """Return the mean of (ŷ_t - y_t)² over a sequence, every step from what was observed, and the state after it.
+
+    It is what an adapter with `mse_loss` minimises: ŷ and y are normalised changes, see `dynamics_data`.
+
+    Args:
+        params: of `model`; what is missing is the model's own.
+        hidden_state: leaves (B, ...) before the sequence; None: the model's `init_hidden`, or no state.
+        observation, action, next_observation: (B, T, D), (B, T, A), (B, T, D).
+    """
+    x, y = dynamics_data(scales, observation, action, next_observation)
+    output, after = functional_forward(model, params, x, hidden_state if is_there(hidden_state) else None)
+    return (output - y).square().mean(), after
+
+
+def open_loop_loss(
+    step: Step,
+    scales: DynamicsScales,
+    params: Params,
+    hidden_state: Any,
+    observation: Tensor,
+    action: Tensor,
+    next_observation: Tensor,
+) -> Tensor:
+    """Return the mean of ((ô_t - o_t) / σ_o)² over H steps that are predicted from predictions alone.
+
+    Planning looks ahead in this way, and errors add up in it: Nagabandi et al. 2018, https://arxiv.org/abs/1708.02596,
+    section IV.D, measure it to choose a model.
+
+    Args:
+        step, params, hidden_state: as for `predict_open_loop`.
+        observation, action, next_observation: (B, H, D), (B, H, A), (B, H, D), of which only the first observation is
+            shown to the model.
+    """
+    predicted, _ = predict_open_loop(step, params, hidden_state, observation[:, 0], action)
+    return ((predicted - next_observation) / scales.observation.std).square().mean()

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchopt
 from torch import nn
 
-from ssmrl import MLP
-from ssmrl.meta_rl import dynamics_data, dynamics_scales, model_step
+from ssmrl import GRU, MLP, StateSpaceModel, mse_loss
+from ssmrl.adaptation import adapt
+from ssmrl.meta_rl import (
+    dynamics_data,
+    dynamics_scales,
+    model_step,
+    one_step_loss,
+    open_loop_loss,
+    predict_open_loop,
+)
 
 D, A = 2, 1
 
@@ -86,3 +95,87 @@ def test_data_that_say_nothing_are_refused():
         dynamics_scales(torch.zeros(1, D), torch.zeros(1, A), torch.zeros(1, D))
     with pytest.raises(ValueError, match="action must be finite"):
         dynamics_scales(torch.zeros(3, D), torch.full((3, A), torch.nan), torch.zeros(3, D))
+
+
+# Losses of sequences
+
+
+def nothing(observation, action, following):
+    return observation[:, 0]
+
+
+def recurrent(make=GRU, steps=6):
+    """A model, its step, what it predicts from its own predictions with these actions, and scales."""
+    torch.manual_seed(0)
+    model = make(4, D + A, D).double()
+    scales = dynamics_scales(*transitions()[:3])
+    step = model_step(model, scales, nothing)
+    o, a, _, _ = transitions(seed=1, shape=(3, steps))
+    return model, scales, step, o[:, 0], a
+
+
+@pytest.mark.parametrize("make", [GRU, StateSpaceModel])
+def test_open_loop_is_the_model_on_its_own_predictions(make):
+    _, _, step, first, action = recurrent(make)
+    state = torch.randn(3, 4, dtype=torch.float64)
+    predicted, after = predict_open_loop(step, {}, state, first, action)
+    o, h = first, state
+    for t in range(action.shape[1]):
+        _, o, h = step({}, h, o, action[:, t])
+        torch.testing.assert_close(predicted[:, t], o)
+    torch.testing.assert_close(after, h)
+
+
+def test_a_model_without_a_state_predicts_open_loop():
+    model = MLP(D + A, D).double()
+    scales = dynamics_scales(*transitions()[:3])
+    o, a, _, _ = transitions(shape=(3, 4))
+    predicted, after = predict_open_loop(model_step(model, scales, nothing), {}, None, o[:, 0], a)
+    assert predicted.shape == (3, 4, D)
+    assert after == ()
+
+
+def test_a_model_makes_no_error_on_what_it_predicted_and_some_on_anything_else():
+    model, scales, step, first, action = recurrent()
+    predicted, after = predict_open_loop(step, {}, model.init_hidden(3), first, action)
+    observation = torch.cat([first[:, None], predicted[:, :-1]], 1)
+    loss, state = one_step_loss(model, scales, {}, None, observation, action, predicted)
+    assert loss < 1e-25
+    torch.testing.assert_close(state, after)
+    assert open_loop_loss(step, scales, {}, model.init_hidden(3), observation, action, predicted) < 1e-25
+
+    other = predicted + scales.observation.std * torch.tensor([1.0, 3.0])  # (1 + 9) / 2
+    loss = open_loop_loss(step, scales, {}, model.init_hidden(3), observation, action, other)
+    assert loss.item() == pytest.approx(5.0)
+
+
+def test_one_step_errors_of_a_sequence_are_those_of_its_parts_and_what_an_adapter_minimises():
+    model, scales, _, _, _ = recurrent()
+    o, a, n, _ = transitions()
+    whole, after = one_step_loss(model, scales, {}, None, o, a, n)
+    first, middle = one_step_loss(model, scales, {}, None, o[:, :4], a[:, :4], n[:, :4])
+    second, end = one_step_loss(model, scales, {}, middle, o[:, 4:], a[:, 4:], n[:, 4:])
+    torch.testing.assert_close(whole, 0.4 * first + 0.6 * second)
+    torch.testing.assert_close(after, end)
+    x, y = dynamics_data(scales, o, a, n)
+    torch.testing.assert_close(whole, mse_loss(model(x)[0], y))
+
+
+def test_the_derivative_of_an_open_loop_after_adaptation_is_that_of_finite_differences():
+    model, scales, step, _, _ = recurrent(StateSpaceModel)
+    o, a, n, _ = transitions(shape=(1, 9))
+    named = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(bias):
+        params = {**named, "output_input.bias": bias}
+        early, late = slice(0, 5), slice(5, 9)
+
+        def inner(params):
+            return one_step_loss(model, scales, params, None, o[:, early], a[:, early], n[:, early])[0]
+
+        params = adapt(inner, params, optimizer=torchopt.sgd(0.05), num_steps=2).params
+        _, state = one_step_loss(model, scales, params, None, o[:, early], a[:, early], n[:, early])
+        return open_loop_loss(step, scales, params, state, o[:, late], a[:, late], n[:, late])
+
+    bias = named["output_input.bias"].clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, bias)
