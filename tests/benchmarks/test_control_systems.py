@@ -1,0 +1,85 @@
+"""The physics that planners are given as the truth are those of the environments."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssmrl.env_runner import make_with_physics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def control_systems() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("control_systems")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("adaptive_control", ROOT / "examples" / "adaptive_control.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["adaptive_control"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_steps_agree(make, true_step, physics, seed):
+    """Observations and rewards of an environment, and of a planner's `step` from the same observations."""
+    environment = make(physics)
+    environment.action_space.seed(seed)
+    params = {name: torch.tensor(value, dtype=torch.float64) for name, value in physics.items()}
+    observation, _ = environment.reset(seed=seed)
+    for _ in range(40):
+        action = environment.action_space.sample()
+        after, reward, _, _, _ = environment.step(action)
+        o, a = (torch.as_tensor(value, dtype=torch.float64)[None] for value in (observation, action))
+        price, predicted, _ = true_step(params, (), o, a)
+        torch.testing.assert_close(predicted[0], torch.as_tensor(after, dtype=torch.float64), rtol=1e-4, atol=2e-5)
+        assert -price.item() == pytest.approx(float(reward), rel=1e-4, abs=2e-5)
+        observation = after
+    environment.close()
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cartpole"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_true_physics_are_the_environments(control_systems, name, seed):
+    system = control_systems.SYSTEMS[name]
+    physics = system.draw(seed, 0, control_systems.OUTSIDE)
+    assert_steps_agree(system.make, system.true_step, physics, seed)
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cartpole"])
+def test_what_is_possible_is_left_as_it_is_and_the_rest_brought_there(control_systems, name):
+    system = control_systems.SYSTEMS[name]
+    environment = system.make(system.draw(0, 0, control_systems.INSIDE))
+    observation = torch.as_tensor(environment.reset(seed=0)[0], dtype=torch.float64)[None]
+    environment.close()
+    torch.testing.assert_close(system.project(observation), observation, atol=1e-6, rtol=0)
+    angle = [0, 1] if name == "pendulum" else [2, 3]
+    off = observation.clone()
+    off[:, angle] *= 3.0
+    torch.testing.assert_close(system.project(off), observation, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_examples_equations_are_gymnasiums(example, seed):
+    physics = example.draw_physics(seed, 0, (2.0, 3.0))
+    assert_steps_agree(partial(make_with_physics, "Pendulum-v1"), example.true_step, physics, seed)
+    factors = [
+        abs(torch.log(torch.tensor(physics[n] / v)) / torch.log(torch.tensor(1.5))) for n, v in example.NOMINAL.items()
+    ]
+    assert all(2.0 <= factor <= 3.0 for factor in factors)
