@@ -54,6 +54,7 @@ import matplotlib.pyplot as plt
 
 NOMINAL = {"g": 10.0, "m": 1.0, "l": 1.0}
 WINDOW, NUM_STEPS, AHEAD, AFTER = 32, 3, 15, 24  # of transitions adapted to, gradient steps, and what is judged then
+LENGTHS = (8, 12, 20, 32)  # of the windows of meta-training: an episode begins with short ones
 RATES = (0.003, 0.01, 0.03, 0.1)  # to choose from, for the model that is not meta-trained
 TASKS_AT_A_TIME, EPISODES_AT_A_TIME = 16, 24
 EXPLORATION = 0.5  # deviation of the noise on actions in training, of half of the tasks; a fifth of it for the others
@@ -235,20 +236,20 @@ def train(model, scales, data, updates, generator, label):
             bar.update()
 
 
-def losses_of(model, scales, meta, task, begin, optimizer):
+def losses_of(model, scales, meta, task, begin, window, optimizer):
     """What meta-training and the choice of a rate minimise, of one task (T, ·): before and after a window."""
     step = model_step(model, scales, cost, project=possible)
     episode = Transitions(*(leaf[None] for leaf in task))
-    settings = {"begin": begin, "window": WINDOW, "horizon": AHEAD, "num_steps": NUM_STEPS}
+    settings = {"begin": begin, "window": window, "horizon": AHEAD, "num_steps": NUM_STEPS}
     return adaptive_planning_loss(model, step, scales, meta, episode, optimizer=optimizer, **settings)
 
 
 def some_tasks(data, generator, number=TASKS_AT_A_TIME):
-    """Episodes up to some steps after a window, and where it begins."""
+    """Where a window begins, how long it is, and episodes up to some steps after it."""
     rows = torch.randint(len(data.action), (number,), generator=generator)
-    last = data.action.shape[1] - WINDOW - AFTER
-    begin = int(torch.randint(last + 1, (1,), generator=generator))
-    return begin, tuple(leaf[rows, : begin + WINDOW + AFTER] for leaf in data)
+    window = LENGTHS[int(torch.randint(len(LENGTHS), (1,), generator=generator))]
+    begin = int(torch.randint(data.action.shape[1] - window - AFTER + 1, (1,), generator=generator))
+    return begin, window, tuple(leaf[rows, : begin + window + AFTER] for leaf in data)
 
 
 def meta_train(arguments, size, model, scales, data, found, save):
@@ -263,11 +264,11 @@ def meta_train(arguments, size, model, scales, data, found, save):
         optimizer.load_state_dict(found["optimizer"])
         for name, rate in rates.items():
             rate.data.copy_(found["rates"][name])
-    at = 0
+    at = (0, 0)
 
     def loss(meta, task):
         inner = scale_by_learning_rates(meta["rates"])
-        losses = losses_of(model, scales, meta["params"], task, at, inner)
+        losses = losses_of(model, scales, meta["params"], task, *at, inner)
         return losses.unadapted + losses.adapted
 
     learner = MetaLearner(loss, {"params": params, "rates": rates}, outer_optimizer=optimizer, max_grad_norm=1.0)
@@ -275,7 +276,7 @@ def meta_train(arguments, size, model, scales, data, found, save):
         for update in range(begun, size.meta_updates):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(update, size.meta_updates, 5e-4)
-            at, tasks = some_tasks(data, generator)
+            *at, tasks = some_tasks(data, generator)
             bar.set_postfix(loss=f"{learner.update(tasks):.3f}", refresh=False)
             bar.update()
             if (update + 1) % arguments.save_every == 0 or update + 1 == size.meta_updates:
@@ -288,15 +289,18 @@ def meta_train(arguments, size, model, scales, data, found, save):
 def best_rate(model, scales, data, seed):
     """The rate at which gradient steps help a model most that was not meta-trained for them, on the training tasks."""
     params = {name: p.detach() for name, p in model.named_parameters()}
-    begin, tasks = some_tasks(data, torch.Generator().manual_seed(seed), 64)
+    generator = torch.Generator().manual_seed(seed)
+    batches = [some_tasks(data, generator) for _ in range(8)]
 
     def loss(rate):
-        rates = {name: p.new_tensor(rate) for name, p in params.items()}
-        inner = scale_by_learning_rates(rates)
-        return vmap(lambda *task: losses_of(model, scales, params, task, begin, inner).adapted)(*tasks).mean().item()
+        inner = scale_by_learning_rates({name: p.new_tensor(rate) for name, p in params.items()})
+        found = [
+            vmap(lambda *task, at=at: losses_of(model, scales, params, task, *at, inner).adapted)(*tasks).mean()
+            for *at, tasks in batches
+        ]
+        return torch.stack(found).mean().nan_to_num(nan=math.inf).item()
 
-    found = {rate: loss(rate) for rate in RATES}
-    return min(found, key=lambda rate: found[rate] if math.isfinite(found[rate]) else math.inf)
+    return min(RATES, key=loss)
 
 
 # Test and plot
@@ -314,7 +318,7 @@ def test(arguments, size, hidden, model, rates, rate, scales):
             later.append(other if changing else one)
             changes.append({change: other} if changing else None)
 
-    window = Window(WINDOW, minimum=8)
+    window = Window(WINDOW, minimum=LENGTHS[0])
     adapts = partial(AdaptationConfig, num_steps=NUM_STEPS, window=window, from_anchor=True)
     policy = partial(control, arguments, scales=scales, num_streams=len(physics), seed=seed)
     ways: dict[str, Callable] = {

@@ -40,6 +40,8 @@ class Traced:
     def __call__(self, *arguments: Any) -> Any:
         leaves: list[Tensor]
         leaves, structure = pytree.tree_flatten(arguments)  # type: ignore[arg-type]
+        # What is recorded or compiled is of one layout in memory, a view of a contiguous tensor for instance.
+        leaves = [leaf.contiguous() for leaf in leaves]
         key = (structure, tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
         if key not in self._traces:
             self._traces[key] = self._trace(leaves, structure)

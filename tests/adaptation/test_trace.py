@@ -46,6 +46,17 @@ def test_another_shape_dtype_or_structure_is_recorded_anew(other):
     assert function.runs == 2
 
 
+@pytest.mark.parametrize("inductor", [False, True])
+def test_the_layout_in_memory_is_of_no_account(inductor):
+    function = Counted(lambda x: x.reshape(6) * torch.arange(6.0))
+    traced = Traced(function, inductor=inductor)
+    x = torch.arange(6.0).view(2, 3)
+    assert torch.equal(traced(x), torch.arange(6.0).square())
+    assert torch.equal(traced(x.T.contiguous().T), torch.arange(6.0).square())
+    assert torch.equal(traced(torch.ones(1, 3).expand(2, 3)), torch.arange(6.0))
+    assert function.runs == 1
+
+
 def test_results_carry_no_graph():
     x = torch.zeros(3, requires_grad=True)
     traced = Traced(lambda x: x.sin())
