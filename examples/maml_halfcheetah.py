@@ -110,6 +110,8 @@ class Arguments:
     """tiny runs in seconds, for tests."""
     iterations: int | None = None
     """In place of those of the size; one of the default size is 40,000 steps."""
+    two_step_iterations: int = 0
+    """After those, with two inner steps, for the second update of the test; one of the default size is 60,000 steps."""
     threads: int = 2
     """Of the physics and the gradients."""
     compile: bool = True
@@ -235,7 +237,7 @@ def collector(arguments, maml, moments, environment, tasks, clock, seen, *key):
 
 
 def train(arguments, size, family, maml, outer, clock, writer):
-    """The mean returns of every iteration, before and after the inner step, with its steps; and observations' moments.
+    """The mean returns of every iteration, before and after the inner steps, with its steps; and observations' moments.
 
     There are no returns if the run was stopped.
     """
@@ -249,19 +251,22 @@ def train(arguments, size, family, maml, outer, clock, writer):
         outer.optimizer.load_state_dict(found.state["optimizer"])
         clock.seconds.update(found.state["seconds"])
         moments = RunningMoments(**found.state["moments"])
-    total = size.iterations if arguments.iterations is None else arguments.iterations
+    with_one_step = size.iterations if arguments.iterations is None else arguments.iterations
+    total = with_one_step + arguments.two_step_iterations
     with tqdm(total=total, initial=len(curve), desc="iterations", file=sys.stdout, mininterval=0.5) as bar:
         for iteration in range(len(curve), total):
             with clock("iteration"):
                 tasks = tasks_of(arguments, family, size.tasks, derive_seed(arguments.seed, iteration))
                 seen = []
                 collect = collector(arguments, maml, moments, environment, tasks, clock, seen, iteration)
-                collected = maml.collect(collect, size.tasks)
+                inner_steps = maml.inner_steps if iteration < with_one_step else 2
+                collected = maml.collect(collect, size.tasks, num_steps=inner_steps)
                 with clock("gradients"):
                     outer.step(collected)
                 for observation, valid in seen:
                     moments = update_moments(moments, observation, valid)
-            means = collected.returns.mean(1).tolist()
+            first, *others = collected.returns.mean(1).tolist()
+            means = [first, *others[-1:]]
             steps = sum(int(batch.valid.sum()) for batch in collected.batches)
             curve.append([*means, steps + (curve[-1][-1] if curve else 0)])
             bar.set_postfix(before=f"{means[0]:.0f}", after=f"{means[-1]:.0f}")
@@ -342,6 +347,8 @@ def main(arguments: Arguments) -> None:
     writer, clock = tensorboard_writer(arguments), Clock()
     # The published tasks: 100 steps; velocities of MAML's HalfCheetah-Vel up to 2 m/s.
     settings = {"high": 2.0} if arguments.family == "halfcheetah-vel" else {}
+    if arguments.oracle and arguments.two_step_iterations:
+        raise SystemExit("--oracle makes no inner steps: leave out --two-step-iterations.")
     size, family = SIZES[arguments.size], task_family(arguments.family, horizon=HORIZON, **settings)
     with family.make(family.sample(1, seed=0)[0]) as one:
         policy = make_policy(arguments, one.observation_space, one.action_space.shape[0])

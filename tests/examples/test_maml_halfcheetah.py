@@ -40,6 +40,14 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_ends(tmp_path):
     assert sum(whole["share of an iteration"].values()) == pytest.approx(1, abs=0.2)
 
 
+def test_two_inner_steps_follow_one(tmp_path):
+    figures = run(tmp_path / "out", "--width", "8", "--iterations", "2", "--two-step-iterations", "2")
+    steps = [steps for _, _, steps in figures[CURVE]]
+    one, two = steps[0], steps[3] - steps[2]
+    assert [b - a for a, b in zip([0, *steps], steps, strict=False)] == [one, one, two, two]
+    assert two == 3 * one // 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
