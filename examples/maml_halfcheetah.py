@@ -42,13 +42,14 @@ from ssmrl.env_runner import (
     Environment,
     RunningMoments,
     by_task,
-    collect_episodes,
     derive_seed,
+    first_episodes,
     init_moments,
     normal_noise,
     normalize,
     per_task,
     policy_inputs,
+    rollout,
     task_family,
     update_moments,
 )
@@ -112,6 +113,8 @@ class Arguments:
     """In place of those of the size; one of the default size is 40,000 steps."""
     two_step_iterations: int = 0
     """After those, with two inner steps, for the second update of the test; one of the default size is 60,000 steps."""
+    two_step_lr: float = 0.0005
+    """Of Adam in these."""
     threads: int = 2
     """Of the physics and the gradients."""
     compile: bool = True
@@ -164,7 +167,8 @@ def tasks_of(arguments, family, num_tasks, seed, split="train"):
 
 def make_environment(arguments, family, clock, rows):
     tasks = family.sample(1, seed=0) * rows  # `collector` sets others
-    return Timed(Environment(family, tasks=tasks, out_of_bounds="clip", num_threads=arguments.threads), clock)
+    settings = {"autoreset_mode": "SameStep", "num_threads": arguments.threads}  # every step of every row is valid
+    return Timed(Environment(family, tasks=tasks, out_of_bounds="clip", **settings), clock)
 
 
 def make_policy(arguments, space, actions):
@@ -197,8 +201,8 @@ def policy_sees(arguments, moments, x, task):
 def collector(arguments, maml, moments, environment, tasks, clock, seen, *key):
     """`collect(params, k)` of these tasks, with random numbers of their own for every `key` and k.
 
-    Every task has as many episodes as the environment has rows for it. What it observes, and where that is valid, is
-    put into the list `seen`, if there is one.
+    Every task has as many rows of the environment as any other, for 100 steps each; its return is that of their first
+    episodes. What it observes, and where that is valid, is put into the list `seen`, if there is one.
     """
     num_tasks, policy = len(tasks), maml.policy
     episodes = environment.num_envs // num_tasks
@@ -221,7 +225,8 @@ def collector(arguments, maml, moments, environment, tasks, clock, seen, *key):
         with clock("collect"):
             seed = derive_seed(arguments.seed, *key, k)
             actor = per_task(act, {"policy": params, "task": told}, noise=normal_noise(seed, actions))
-            flat = collect_episodes(actor, environment, 1, HORIZON + 1, seed=seed, previous=remembers)
+            # Where episodes end early, as Ant's and Humanoid's do, more of them follow in the same row.
+            flat, _ = rollout(actor, environment, HORIZON, seed=seed, previous=remembers)
         torch.set_num_threads(arguments.threads)
         with clock("gradients"):
             x = flat.observation
@@ -231,7 +236,7 @@ def collector(arguments, maml, moments, environment, tasks, clock, seen, *key):
             if seen is not None:
                 seen.append((flat.observation, flat.valid))
             batch = vmap(batch_of)(params, trajectory, x.unflatten(0, (num_tasks, -1)), told)
-        return batch, trajectory.reward.sum((1, 2)) / episodes
+        return batch, by_task(first_episodes(flat, 1), num_tasks).reward.sum((1, 2)) / episodes
 
     return collect
 
@@ -260,6 +265,10 @@ def train(arguments, size, family, maml, outer, clock, writer):
                 seen = []
                 collect = collector(arguments, maml, moments, environment, tasks, clock, seen, iteration)
                 inner_steps = maml.inner_steps if iteration < with_one_step else 2
+                if iteration == with_one_step:  # gradients of another size: Adam would leap by its old moments
+                    outer.optimizer.state.clear()
+                    for group in outer.optimizer.param_groups:
+                        group["lr"] = arguments.two_step_lr
                 collected = maml.collect(collect, size.tasks, num_steps=inner_steps)
                 with clock("gradients"):
                     outer.step(collected)
