@@ -26,6 +26,7 @@ from ssmrl.adaptation import (
     scale_by_learning_rates,
 )
 from ssmrl.adaptation.tree import tree_leaves, tree_map
+from ssmrl.core import functional_forward
 
 N, D, O, S = 5, 3, 2, 4  # noqa: E741
 
@@ -548,3 +549,26 @@ def test_the_next_state_is_that_of_the_model_and_none_where_there_is_none():
     _, state = streams(x)
     assert torch.equal(state, model_of()(x)[1])
     assert StreamAdapter(nn.Linear(D, O).double(), None, N)(x)[1] is None
+
+
+# What others compute with
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIGS["adam"], CONFIGS["head"], CONFIGS["average"]], ids=["all", "head", "average"]
+)
+def test_the_weights_in_use_predict_what_the_adapter_predicts(config):
+    model = model_of()
+    adapter = StreamAdapter(model, config, N)
+    x, y, _ = recording(3)
+    for t in range(3):
+        mine, shared = adapter.in_use()
+        assert not set(mine) & set(shared)
+        assert {*mine, *shared} == {key for key, _ in model.named_parameters()}
+        found = torch.func.vmap(
+            lambda params, x, shared=shared: functional_forward(model, {**shared, **params}, x[None])[0][0]
+        )(mine, x[t])
+        torch.testing.assert_close(found, adapter(x[t])[0])
+        for n in range(N):
+            assert all(torch.equal(p[n], adapter.params(n)[key]) for key, p in mine.items())
+        adapter.update_step(x[t], y[t], None)
