@@ -91,6 +91,8 @@ class Arguments:
     """Runs at a time; with more than one, each has one thread."""
     oracle: bool = True
     """Train the oracles too, where the family does not know their return."""
+    oracle_seeds: int | None = None
+    """As many of them; None: as many as seeds."""
     size: Literal["tiny", "default"] = "default"
     """Of the examples."""
     runs: Path = Path("output/meta_rl")
@@ -139,6 +141,7 @@ def put_together(arguments: Arguments, case: Case, runs: list[dict[str, Any]], o
         "published": case.published,
         "arguments": [{k: v for k, v in one["arguments"].items() if k != "out"} for one in runs],
         "command": f"python benchmarks/meta_rl.py {arguments.case} --seeds {arguments.seeds} --jobs {arguments.jobs}"
+        + ("" if arguments.oracle_seeds is None else f" --oracle-seeds {arguments.oracle_seeds}")
         + ("" if arguments.oracle else " --no-oracle"),
         "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": f"{platform.machine()}, 2 cores",
@@ -174,7 +177,8 @@ def main(arguments: Arguments) -> None:
     wanted = [(arguments.case, case.arguments, seed) for seed in range(arguments.seeds)]
     if case.oracle is not None and arguments.oracle:
         name = "velocity_oracle" if case.oracle[:2] == VELOCITY else "direction_oracle"
-        wanted += [(name, case.oracle, seed) for seed in range(arguments.seeds)]
+        number = arguments.seeds if arguments.oracle_seeds is None else arguments.oracle_seeds
+        wanted += [(name, case.oracle, seed) for seed in range(number)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         made = list(pool.map(lambda one: run(arguments, case, *one), wanted))
     report, found = put_together(arguments, case, made[: arguments.seeds], made[arguments.seeds :])
