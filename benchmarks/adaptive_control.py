@@ -5,7 +5,7 @@
 
 For every system and seed: rounds of data, collected by the planner on the model of the round before; a recurrent model
 trained on all of it; from there, meta-training. Then 40 systems with physics in the range of the training, 40 outside
-of it and 40 whose physics change in mid-episode are controlled in every way of `WAYS`, with the same random numbers.
+of it and 40 whose physics change in mid-episode are controlled in every way of `ways_of`, with the same random numbers.
 What was done is not done again: every model and every way has a file of its own under --runs.
 """
 
@@ -42,7 +42,6 @@ from ssmrl.meta_rl import (
     AdaptiveControl,
     DynamicsScales,
     MetaLearner,
-    Moments,
     Planner,
     Transitions,
     adaptive_planning_loss,
@@ -211,7 +210,7 @@ def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions,
 
 
 def aggregated(run: Run) -> dict[str, Any]:
-    """Data of all rounds, their scales, and the recurrent model that was trained on them."""
+    """Data of all rounds, and the recurrent model that was trained on them."""
     torch.manual_seed(run.seed)
     model, data, scales = recurrent(run), None, None
     for r in range(run.size.rounds):
@@ -226,8 +225,7 @@ def aggregated(run: Run) -> dict[str, Any]:
         last = r == run.size.rounds - 1
         train(run, model, scales, data, (3 if last else 1) * run.size.updates, seed)
     assert data is not None
-    assert scales is not None
-    return {"data": tuple(data), "scales": [tuple(one) for one in scales], "model": model.state_dict()}
+    return {"data": tuple(data), "model": model.state_dict()}
 
 
 def some_tasks(run: Run, data: Transitions, generator: torch.Generator) -> tuple[int, int, tuple[Tensor, ...]]:
@@ -339,7 +337,8 @@ def own_models(run: Run, hidden: nn.Module, scales: DynamicsScales, tasks: list[
 def ways_of(run: Run, tasks: list[Any], later: list[Any], seed: int) -> dict[str, Callable[[], Any]]:
     """Name -> what makes the policy; models are trained when they are asked for."""
     found = run.once("data", lambda: aggregated(run))
-    data, scales = Transitions(*found["data"]), DynamicsScales(*(Moments(*one) for one in found["scales"]))
+    data = Transitions(*found["data"])
+    scales = dynamics_scales(*(leaf[: run.size.tasks] for leaf in data))  # of the first round, as in `aggregated`
     hidden = recurrent(run)
     hidden.load_state_dict(found["model"])
     number = len(tasks)

@@ -37,9 +37,7 @@ from ssmrl.env_runner import derive_seed, make_with_physics, rollout
 from ssmrl.meta_rl import (
     AdaptiveControl,
     BoxActions,
-    DynamicsScales,
     MetaLearner,
-    Moments,
     Planner,
     Transitions,
     adaptive_planning_loss,
@@ -208,6 +206,11 @@ def progress(total, label):
 # Training
 
 
+def scales_of(size, data):
+    """Those of the first round, whatever came after it."""
+    return dynamics_scales(*(leaf[: size.tasks] for leaf in data))
+
+
 def rate_at(update, total, peak):
     """Up over a tenth of the updates, then down to 0 as a cosine."""
     part = (update + 1) / total
@@ -360,7 +363,7 @@ def main(arguments: Arguments) -> None:
     size, folder = SIZES[arguments.size], arguments.out / "checkpoints"
     model = StateSpaceModel(state_dim=32, input_dim=4, output_dim=3, hidden_dim=64)
     found = load_checkpoint(folder) if arguments.resume else None
-    state = {"rounds": 0, "data": None, "scales": None, "hidden": None, "meta": None} if found is None else found.state
+    state = {"rounds": 0, "data": None, "hidden": None, "meta": None} if found is None else found.state
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -374,15 +377,13 @@ def main(arguments: Arguments) -> None:
         physics = [draw_physics(seed, n, GROUPS["in the range"]) for n in range(size.tasks)]
         policy = random_torques(seed)
         if r:
-            scales = DynamicsScales(*(Moments(*one) for one in state["scales"]))
+            scales = scales_of(size, state["data"])
             policy = exploring(control(arguments, model, scales, size.tasks, seed), seed)
         new, reward = run(policy, physics, size.steps, seed, f"round {r}")
         print(f"round {r}: mean return {reward.sum(1).mean():.0f}")
         old = [] if state["data"] is None else [state["data"]]
         data = Transitions(*(torch.cat(leaves) for leaves in zip(*old, new, strict=True)))
-        if r == 0:
-            state["scales"] = [tuple(one) for one in dynamics_scales(*data)]
-        scales = DynamicsScales(*(Moments(*one) for one in state["scales"]))
+        scales = scales_of(size, data)
         generator = torch.Generator().manual_seed(seed)
         updates = 3 * size.updates if r == size.rounds - 1 else size.updates
         train(model, scales, data, updates, generator, f"training {r}")
@@ -394,7 +395,8 @@ def main(arguments: Arguments) -> None:
             print(f"stopped after {r + 1} rounds; --resume goes on")
             return
 
-    data, scales = Transitions(*state["data"]), DynamicsScales(*(Moments(*one) for one in state["scales"]))
+    data = Transitions(*state["data"])
+    scales = scales_of(size, data)
     hidden = StateSpaceModel(state_dim=32, input_dim=4, output_dim=3, hidden_dim=64)
     hidden.load_state_dict(state["hidden"])
 

@@ -242,7 +242,7 @@ class Planner:
         if reset is not None and bool(reset.any()):
             fresh = self.init(len(observation))
             plan = tree_map(lambda a, b: torch.where(reset.view(-1, *[1] * (a.dim() - 1)), a, b), fresh, plan)
-        mine = tree_map(torch.Tensor.contiguous, (dict(params), hidden_state, observation, plan, noise))
+        mine = (dict(params), hidden_state, observation, plan, noise)
         size = self.chunk_size or len(observation)
         pieces = []
         for begin in range(0, len(observation), size):
