@@ -23,7 +23,7 @@ from ssmrl.adaptation.stream import Report, Rules, Stream, in_use, update
 from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
 from ssmrl.adaptation.updates import differentiable_update
 from ssmrl.adaptation.window import Buffer
-from ssmrl.core.base import functional_forward
+from ssmrl.core.base import functional_forward, initial_state
 
 if TYPE_CHECKING:
     from ssmrl.adaptation.test_time_adaptation import AdaptationConfig
@@ -174,8 +174,7 @@ class LiveModel:
             raise ValueError(f"With a window, x must be one step, of shape (B, D); got {tuple(x.shape)}.")
         if hidden is None and (rules.window is not None or rules.guard is not None):
             # A state that is kept must be one.
-            init_hidden: Any = getattr(self.model, "init_hidden", None)
-            hidden = None if init_hidden is None else init_hidden(batch_size)
+            hidden = initial_state(self.model, batch_size)
         hidden = tree_map(Tensor.detach, hidden) if is_there(hidden) else ()
         return x.detach(), () if y is None else y.detach(), hidden, () if reset is None else reset
 

@@ -85,6 +85,12 @@ class StateModel(nn.Module, ABC):
         return model.to("cpu" if device is None else device)
 
 
+def initial_state(model: nn.Module, batch_size: int) -> Any:
+    """Return what `init_hidden` gives, and None of a model without a state."""
+    init_hidden: Any = getattr(model, "init_hidden", None)
+    return None if init_hidden is None else init_hidden(batch_size)
+
+
 def functional_forward(
     model: nn.Module,
     params: Mapping[str, Tensor],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmrl.adaptation.streams import StreamAdapter
 from ssmrl.adaptation.tree import is_there, tree_map
-from ssmrl.core.base import functional_forward
+from ssmrl.core.base import functional_forward, initial_state
 from ssmrl.meta_rl.dynamics import DynamicsScales, dynamics_data
 from ssmrl.meta_rl.planning import Planner
 
@@ -73,9 +73,8 @@ class AdaptiveControl:
         """Act on observations (N, D), where episodes begin in the rows of `reset`, Bool (N,)."""
         number = len(observation)
         if state is None:
-            init_hidden: Any = getattr(self.model, "init_hidden", None)
-            hidden = () if init_hidden is None else init_hidden(number)
-            plan = self.planner.init(number)
+            fresh = initial_state(self.model, number)
+            hidden, plan = () if fresh is None else fresh, self.planner.init(number)
         else:
             hidden, plan = self._learn(observation, state, reset), state.plan
         params, shared = self._weights(number)

@@ -15,6 +15,7 @@ from torchopt.base import GradientTransformation
 
 from ssmrl.adaptation.inner_loop import adapt
 from ssmrl.adaptation.tree import tree_map
+from ssmrl.core.base import initial_state
 from ssmrl.meta_rl.dynamics import DynamicsScales, one_step_loss, open_loop_loss
 from ssmrl.meta_rl.planning import Params, Step
 
@@ -85,7 +86,8 @@ def planning_loss(
             loss, hidden_state = one_step_loss(model, scales, params, hidden_state, *transitions.steps(at, bound))
             total, at = total + loss * (bound - at), bound
         if bound < length:
-            states.append(_state(model, hidden_state, len(transitions.action)))
+            here = initial_state(model, len(transitions.action)) if hidden_state is None else hidden_state
+            states.append(() if here is None else here)
             parts.append(transitions.steps(bound, bound + horizon))
     total = total / length
     if not parts:
@@ -155,11 +157,3 @@ def adaptive_planning_loss(
         inner, dict(params), others, () if state is None else state, past, optimizer=optimizer, num_steps=num_steps
     )
     return AdaptiveLosses(after(params), after(adapted.params))
-
-
-def _state(model: nn.Module, hidden_state: Any, number: int) -> Any:
-    """Return the state, or the one that the model begins with, which `open_loop_loss` needs as tensors."""
-    if hidden_state is not None:
-        return hidden_state
-    init_hidden: Any = getattr(model, "init_hidden", None)
-    return () if init_hidden is None else init_hidden(number)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmrl.core import functional_forward
-from ssmrl.core.base import check_dimensions
+from ssmrl.core.base import check_dimensions, initial_state
 from ssmrl.meta_rl.distributions import Categorical, Distribution, Gaussian, TanhGaussian
 
 __all__ = ["CategoricalHead", "GaussianHead", "PolicyModel", "PolicyOutput"]
@@ -119,8 +119,7 @@ class PolicyModel(nn.Module):
 
     def init_hidden(self, batch_size: int = 1) -> Any:
         """The model's initial state, None of a model without one."""
-        init_hidden: Any = getattr(self.model, "init_hidden", None)
-        return None if init_hidden is None else init_hidden(batch_size)
+        return initial_state(self.model, batch_size)
 
     def forward(self, x: Tensor, hidden_state: Any = None, reset: Tensor | None = None) -> tuple[PolicyOutput, Any]:
         """One step (B, D) or a sequence (B, T, D), with `reset` (B,) or (B, T), and the next state."""

@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
 
 from ssmrl.core import GRU, LSTM, MLP, DiagonalSSM, StateModel, StateSpaceModel, Transformer, functional_forward
+from ssmrl.core.base import initial_state
 
 D, O = 3, 2  # noqa: E741
 MODELS = {
@@ -751,3 +752,9 @@ def test_functional_forward_compiles_in_one_graph():
     before = held(model)
     close(compiled(params, x), functional_forward(model, params, x)[0])
     assert held(model) == before
+
+
+def test_the_initial_state_of_a_module_without_one_is_none():
+    assert initial_state(torch.nn.Linear(2, 2), 3) is None
+    model = GRU(4, 2, 2)
+    assert torch.equal(initial_state(model, 3), model.init_hidden(3))
