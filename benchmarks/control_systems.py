@@ -1,4 +1,4 @@
-"""Systems to be swung up under unknown physics, for `adaptive_control.py`: environments, costs, the true physics.
+"""Systems to be controlled under unknown physics, for `adaptive_control.py`: tasks, environments, costs, true physics.
 
 Letters: N streams, C candidates, D the size of an observation, A of an action.
 """
@@ -16,47 +16,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmrl.env_runner import derive_seed, make_with_physics
-from ssmrl.env_runner.tasks.classic import NOMINAL_PHYSICS
+from ssmrl.env_runner import Environment, derive_seed, make_with_physics
+from ssmrl.env_runner.tasks import NOMINAL_PHYSICS, disabled, one_parameter
 from ssmrl.env_runner.tasks.swingup import SWINGUP_PHYSICS
 from ssmrl.meta_rl import BoxActions
 
-Physics = Mapping[str, float]
+Task = dict[str, Any]
 
-INSIDE = (0.0, 2.0)
-"""|u| of the factors 1.5^u in training."""
-OUTSIDE = (2.0, 3.0)
-"""And where nothing was trained."""
+SPLITS = {"train": (0.0, 2.0), "test": (2.0, 3.0)}
+"""|u| of the factors 1.5^u on classic physics, in training and where nothing was trained."""
 
 
 @dataclass(frozen=True)
 class System:
     """A system with a cost that is known, and physics that are not."""
 
-    nominal: Physics
-    make: Callable[..., gymnasium.Env[Any, Any]]
-    """(physics, changes={step: physics}) -> environment."""
+    draw: Callable[[np.random.Generator, str], Task]
+    """(generator, "train" or "test") -> physics in the range of the training, or outside of it."""
+    environment: Callable[..., Environment]
+    """(tasks, changes, episode, seed): an environment of N tasks; changes holds {step: task} or None for each."""
     actions: BoxActions
     cost: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(observation (C, D), action (C, A), next_observation) -> (C,), the negative of the reward."""
-    true_step: Callable[..., tuple[Tensor, Tensor, Any]]
-    """The physics themselves as a planner's `step`: params holds a parameter of the physics each, ()."""
+    """(observation (C, D), action (C, A), next_observation) -> (C,), close to the negative of the reward."""
     project: Callable[[Tensor], Tensor]
     """Brings a predicted observation to where observations can be."""
+    true_step: Callable[..., tuple[Tensor, Tensor, Any]] | None = None
+    """The physics themselves as a planner's `step`: params holds a parameter of the physics each, (). None: too slow to
+    plan with."""
 
-    def draw(self, seed: int, index: int, reach: tuple[float, float]) -> dict[str, float]:
-        """Draw physics nominal · 1.5^u, |u| uniform in `reach`, a factor and a sign for every parameter."""
-        generator = np.random.default_rng(derive_seed(seed, index))
-        signs = generator.choice([-1.0, 1.0], len(self.nominal))
-        sizes = generator.uniform(*reach, len(self.nominal))
-        factors = 1.5 ** (signs * sizes)
-        return {
-            name: value * float(factor) for (name, value), factor in zip(self.nominal.items(), factors, strict=True)
-        }
+    def task(self, seed: int, index: int, split: str) -> Task:
+        """Draw a task."""
+        return self.draw(np.random.default_rng(derive_seed(seed, index)), split)
 
-    def params(self, tasks: Sequence[Physics]) -> dict[str, Tensor]:
+    def params(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Return the physics of N streams as `true_step` has them, (N,) each."""
-        return {name: torch.tensor([task[name] for task in tasks]) for name in self.nominal}
+        return {name: torch.tensor([task[name] for task in tasks]) for name in tasks[0]}
+
+
+def classic_task(nominal: Mapping[str, float], generator: np.random.Generator, split: str) -> Task:
+    """Draw physics nominal · 1.5^u, with a sign of u and |u| uniform in SPLITS for every parameter."""
+    signs = generator.choice([-1.0, 1.0], len(nominal))
+    factors = 1.5 ** (signs * generator.uniform(*SPLITS[split], len(nominal)))
+    return {name: value * float(factor) for (name, value), factor in zip(nominal.items(), factors, strict=True)}
+
+
+def classic_environment(
+    make: Callable[..., gymnasium.Env[Any, Any]], tasks: Sequence[Task], changes: Sequence[Any], episode: int, seed: int
+) -> Environment:
+    """`make(physics, changes=...)` makes one."""
+    makers = [partial(make, task, changes=change) for task, change in zip(tasks, changes, strict=True)]
+    return Environment(makers, seed=seed, max_episode_steps=episode, autoreset_mode="Disabled")
 
 
 def on_circle(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,21 +134,65 @@ def cartpole_project(observation: Tensor) -> Tensor:
     return torch.stack([x, v, *on_circle(cosine, sine), omega], -1)
 
 
-def make_swingup(physics: Physics, changes: Mapping[int, Physics] | None = None) -> gymnasium.Env[Any, Any]:
+def make_swingup(physics: Task, changes: Mapping[int, Task] | None = None) -> gymnasium.Env[Any, Any]:
     """A cart-pole to be swung up, with physics that may change in mid-episode."""
     return gymnasium.make("ssmrl/CartPoleSwingUp-v0", **physics, changes=changes)
 
 
+# Robots
+
+
+def robot_environment(name: str, tasks: Sequence[Task], changes: Sequence[Any], episode: int, seed: int) -> Environment:
+    """An environment of Gymnasium's robot, all rows in one simulation on one thread."""
+    whole = [
+        task if change is None else {**task, "changes": change} for task, change in zip(tasks, changes, strict=True)
+    ]
+    return Environment(
+        f"ssmrl/{name}-v5", tasks=whole, seed=seed, max_episode_steps=episode, autoreset_mode="Disabled", num_threads=1
+    )
+
+
+def cheetah_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """0.1 ‖a‖² less the velocity at the end of the step; Gymnasium's reward has the mean velocity over the step."""
+    return 0.1 * action.square().sum(-1) - following[:, 8]
+
+
+def bounded(observation: Tensor) -> Tensor:
+    """No position or velocity that is seen is beyond ±40; a model that runs away is."""
+    return observation.clamp(-40.0, 40.0)
+
+
+def cheetah_gravity(generator: np.random.Generator, split: str) -> Task:
+    """A factor on gravity from 0.75 to 1.25; in the test from 0.5 to 0.75, or 1.25 to 1.5."""
+    away = generator.uniform(0.0, 0.25) + (0.25 if split == "test" else 0.0)
+    return {"gravity": float(1 + generator.choice([-1.0, 1.0]) * away)}
+
+
+def cheetah(draw: Callable[[np.random.Generator, str], Task]) -> System:
+    """HalfCheetah, to be run forwards."""
+    return System(
+        draw, partial(robot_environment, "HalfCheetah"), BoxActions([-1.0] * 6, [1.0] * 6), cheetah_cost, bounded
+    )
+
+
 SYSTEMS = {
     "pendulum": System(
-        NOMINAL_PHYSICS["Pendulum-v1"],
-        partial(make_with_physics, "Pendulum-v1"),
+        partial(classic_task, NOMINAL_PHYSICS["Pendulum-v1"]),
+        partial(classic_environment, partial(make_with_physics, "Pendulum-v1")),
         BoxActions([-2.0], [2.0]),
         pendulum_cost,
-        pendulum_step,
         pendulum_project,
+        pendulum_step,
     ),
     "cartpole": System(
-        SWINGUP_PHYSICS, make_swingup, BoxActions([-1.0], [1.0]), cartpole_cost, cartpole_step, cartpole_project
+        partial(classic_task, SWINGUP_PHYSICS),
+        partial(classic_environment, make_swingup),
+        BoxActions([-1.0], [1.0]),
+        cartpole_cost,
+        cartpole_project,
+        cartpole_step,
     ),
+    "cheetah_joint": cheetah(disabled("HalfCheetah").draw),
+    "cheetah_gravity": cheetah(cheetah_gravity),
+    "cheetah_mass": cheetah(one_parameter("HalfCheetah", "mass").draw),
 }

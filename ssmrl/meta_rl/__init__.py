@@ -38,7 +38,7 @@ from ssmrl.meta_rl.losses import (
 from ssmrl.meta_rl.meta_learner import MetaLearner
 from ssmrl.meta_rl.meta_maml import MetaMAML
 from ssmrl.meta_rl.objectives import implicit_loss, multi_step_loss, post_adaptation_loss, reptile_loss
-from ssmrl.meta_rl.planning import Planned, Planner, cem, mppi, random_shooting, sequence_costs
+from ssmrl.meta_rl.planning import Decision, Planned, Planner, cem, mppi, random_shooting, sequence_costs
 from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, PolicyOutput
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses, linear_advantages
 from ssmrl.meta_rl.policy_maml import adapt_policy, policy_meta_loss
@@ -69,6 +69,7 @@ __all__ = [
     "CategoricalPlan",
     "Collected",
     "ControlState",
+    "Decision",
     "DiscreteActions",
     "Distribution",
     "DynamicsScales",

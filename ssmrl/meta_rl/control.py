@@ -11,7 +11,7 @@ from ssmrl.adaptation.streams import StreamAdapter
 from ssmrl.adaptation.tree import is_there, tree_map
 from ssmrl.core.base import functional_forward, initial_state
 from ssmrl.meta_rl.dynamics import DynamicsScales, dynamics_data
-from ssmrl.meta_rl.planning import Planner
+from ssmrl.meta_rl.planning import Decision, Planner
 
 __all__ = ["AdaptiveControl", "ControlState"]
 
@@ -42,6 +42,9 @@ class AdaptiveControl:
     is a `ControlState`; weights live in `adapter`. Where an episode begins, hidden state and plan are begun anew;
     weights are not: physics go on, and if they do not, `adapter.reset` is the caller's to use.
 
+    A stream whose adapted model has run away, so that no candidate has a finite cost, begins anew too, weights at the
+    anchor, hidden state and plan, and plans again; `restarts` counts how often.
+
     Args:
         planner: with the `model_step` of the same model and scales.
         model: the model.
@@ -49,6 +52,9 @@ class AdaptiveControl:
         adapter: adapts the same model, N streams, with a loss on (prediction, y) of `dynamics_data`. None: the model
             stays as it is, and its hidden state alone identifies the system.
         generator: of the planner's noise.
+
+    Attributes:
+        restarts: Int64 (N,), None before the first call.
 
     Raises:
         ValueError: `adapter` adapts another model.
@@ -67,23 +73,41 @@ class AdaptiveControl:
             raise ValueError("adapter must adapt the same model object that is planned with.")
         self.planner, self.model, self.scales = planner, model, scales
         self.adapter, self.generator = adapter, generator
+        self.restarts: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, observation: Tensor, state: ControlState | None, reset: Tensor) -> tuple[Tensor, ControlState]:
-        """Act on observations (N, D), where episodes begin in the rows of `reset`, Bool (N,)."""
+        """Act on observations (N, D), where episodes begin in the rows of `reset`, Bool (N,).
+
+        Raises:
+            FloatingPointError: no candidate of a stream has a finite cost, with a model that does not adapt, or with
+                the anchor's weights either.
+        """
         number = len(observation)
+        if self.restarts is None:
+            self.restarts = torch.zeros(number, dtype=torch.int64, device=observation.device)
         if state is None:
             fresh = initial_state(self.model, number)
             hidden, plan = () if fresh is None else fresh, self.planner.init(number)
         else:
             hidden, plan = self._learn(observation, state, reset), state.plan
-        params, shared = self._weights(number)
         noise = self.planner.noise(number, self.generator)
-        action, plan = self.planner(params, hidden, observation, plan, noise, shared=shared, reset=reset)
-        seen = action
+        decision = self._decide(hidden, observation, plan, noise, reset)
+        lost = ~torch.isfinite(decision.cost)
+        if self.adapter is not None and bool(lost.any()):
+            self.adapter.reset(lost)
+            self.restarts += lost
+            hidden = self._begun_anew(hidden, lost)
+            decision = self._decide(hidden, observation, plan, noise, reset | lost)
+        decision.check()
+        action = seen = decision.action
         if not action.is_floating_point():
             seen = torch.nn.functional.one_hot(action, self.planner.actions.size).to(observation.dtype)
-        return action, ControlState(hidden, plan, observation, seen, reset)
+        return action, ControlState(hidden, decision.plan, observation, seen, reset)
+
+    def _decide(self, hidden: Any, observation: Tensor, plan: Any, noise: Tensor, reset: Tensor) -> Decision:
+        params, shared = self._weights(len(observation))
+        return self.planner.decide(params, hidden, observation, plan, noise, shared=shared, reset=reset)
 
     def _learn(self, observation: Tensor, state: ControlState, reset: Tensor) -> Any:
         """Adapt to the transition that ends at `observation`, and return the state after it."""
@@ -96,10 +120,14 @@ class AdaptiveControl:
             # Where an episode begins there is no transition: a stream whose data are not finite is left as it is.
             y = torch.where(reset[:, None], torch.nan, y)
             self.adapter.update_step(x, y, before, reset=state.began)
-        if after is None:
-            return ()
-        fresh: Any = self.model.init_hidden(len(x))  # type: ignore[operator]
-        return tree_map(lambda a, b: torch.where(reset.view(-1, *[1] * (a.dim() - 1)), a, b), fresh, after)
+        return () if after is None else self._begun_anew(after, reset)
+
+    def _begun_anew(self, hidden: Any, rows: Tensor) -> Any:
+        """The hidden state, in some rows as at the beginning of an episode."""
+        fresh = initial_state(self.model, len(rows))
+        if fresh is None:
+            return hidden
+        return tree_map(lambda a, b: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), fresh, hidden)
 
     def _weights(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.adapter is not None:

@@ -19,7 +19,7 @@ from ssmrl.adaptation.trace import Traced, check_compile
 from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
 from ssmrl.meta_rl.action_sequences import ActionSpace
 
-__all__ = ["Planned", "Planner", "Step", "cem", "mppi", "random_shooting", "sequence_costs"]
+__all__ = ["Decision", "Planned", "Planner", "Step", "cem", "mppi", "random_shooting", "sequence_costs"]
 
 Params = Mapping[str, Tensor]
 Step = Callable[[Params, Any, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
@@ -148,6 +148,26 @@ def _fitted(
     return Planned(tree_map(lambda new, old: torch.where(usable, new, old), fitted, plan), least)
 
 
+class Decision(NamedTuple):
+    """What N streams do now, and what they plan to do after it."""
+
+    action: Tensor
+    """Float (N, A) or Int64 (N,); where no candidate has a finite cost, the next action of the plan before."""
+    plan: Any
+    """For the next call, one step later."""
+    cost: Tensor
+    """(N,) the least that any candidate costs; infinite where none is finite."""
+
+    def check(self) -> None:
+        """Raise FloatingPointError if no candidate of a stream has a finite cost, and name the stream."""
+        lost = ~torch.isfinite(self.cost)
+        if bool(lost.any()):
+            raise FloatingPointError(
+                f"No candidate of stream {int(lost.nonzero()[0])} has a finite cost: its weights, hidden state or "
+                "observation hold values that are not finite, or its model's predictions run away within the horizon."
+            )
+
+
 class Planner:
     """Plans for N streams in one call, each with weights, a hidden state, an observation and a plan of its own.
 
@@ -206,7 +226,6 @@ class Planner:
         drawn: Tensor = self.actions.noise(shape, generator, exponent=self.noise_exponent)
         return drawn
 
-    @torch.no_grad()
     def __call__(
         self,
         params: Params,
@@ -236,6 +255,30 @@ class Planner:
             ValueError: shapes that do not fit.
             FloatingPointError: no candidate of a stream has a finite cost. The stream is named.
         """
+        decision = self.decide(params, hidden_state, observation, plan, noise, shared=shared, reset=reset)
+        decision.check()
+        return decision.action, decision.plan
+
+    @torch.no_grad()
+    def decide(
+        self,
+        params: Params,
+        hidden_state: Any,
+        observation: Tensor,
+        plan: Any,
+        noise: Tensor,
+        *,
+        shared: Params | None = None,
+        reset: Tensor | None = None,
+    ) -> Decision:
+        """Plan as a call does, for a loop that has to go on: streams without a finite cost are the caller's to look at.
+
+        Args:
+            params, hidden_state, observation, plan, noise, shared, reset: as for a call.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
         shared = {} if shared is None else dict(shared)
         hidden_state = hidden_state if is_there(hidden_state) else ()
         self._check(params, hidden_state, observation, plan, noise, reset)
@@ -248,14 +291,7 @@ class Planner:
         for begin in range(0, len(observation), size):
             one = tree_map(lambda leaf, begin=begin: leaf[begin : begin + size], mine)
             pieces.append(self._run(shared, *one))
-        action, plan, cost = tree_map(lambda *leaves: torch.cat(leaves), *pieces)
-        if not bool(torch.isfinite(cost).all()):
-            stream = int((~torch.isfinite(cost)).nonzero()[0])
-            raise FloatingPointError(
-                f"No candidate of stream {stream} has a finite cost: its weights, hidden state or observation hold "
-                "values that are not finite, or its model's predictions run away within the horizon."
-            )
-        return action, plan
+        return Decision(*tree_map(lambda *leaves: torch.cat(leaves), *pieces))
 
     def _chunk(self, shared: Params, *mine: Any) -> tuple[Tensor, Any, Tensor]:
         def one(params: Params, hidden_state: Any, observation: Tensor, plan: Any, noise: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The study of adaptive control: its scores by hand, and a run at a tiny size that goes on where it was stopped."""
+"""The study of adaptive control: its scores by hand, and runs at a tiny size, to which seeds are added."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,39 +26,66 @@ def study() -> Any:
         sys.path.remove(str(FOLDER))
 
 
-def rewards(value, middle):
-    """(3 groups, 2 tasks, 4 steps) of one value, and of another from the middle on."""
-    values = torch.full((3, 2, 4), float(value))
-    values[..., 2:] = middle
-    return values.tolist()
+def result(returns):
+    """Of two groups of two tasks."""
+    return {"returns": returns}
 
 
-def test_differences_are_paired_and_the_last_group_counts_from_the_change_on(study):
-    # Two runs: ours 1 and 2 a step, the other one 0; after the middle ours is 3 in both.
-    runs = [{study.OURS: rewards(value, 3.0), "other": rewards(0, 0), "ran away": None} for value in (1, 2)]
+def test_differences_are_paired_and_intervals_are_over_seeds(study):
+    ours = [result([[3.0, 5.0], [1.0, 1.0]]), result([[5.0, 7.0], [1.0, 1.0]])]
+    other = [result([[1.0, 3.0], [0.0, 0.0]]), result([[1.0, 3.0], [0.0, 0.0]])]
+    runs = [{study.OURS: a, "other": b, "ran away": {"failed": "stream 3"}} for a, b in zip(ours, other, strict=True)]
     found = study.put_together(runs)
     mean, low, high = found["other"]["ours minus it"]
-    assert mean == pytest.approx([9.0, 9.0, 6.0])  # (2 · 1 + 6 + 2 · 2 + 6) / 2, and 6 after the change
-    assert low[2] == high[2] == pytest.approx(6.0)
+    assert mean == pytest.approx([3.0, 1.0])  # 2 and 4; 1 and 1
+    assert low[1] == high[1] == pytest.approx(1.0)
     assert high[0] - mean[0] == pytest.approx(12.706 * 2**0.5 / 2**0.5, rel=1e-3)  # Student's t, one degree of freedom
-    assert found[study.OURS]["ours minus it"][0] == [0.0, 0.0, 0.0]
+    assert found[study.OURS]["ours minus it"][0] == [0.0, 0.0]
     assert found["ran away"] == {"failed": 2}
 
 
-def test_a_tiny_run_and_that_it_is_not_made_twice(tmp_path):
-    command = [sys.executable, str(FOLDER / "adaptive_control.py"), "--size", "tiny", "--seeds", "2"]
-    command += ["--systems", "cartpole", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    texts = []
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr
-        texts.append(done.stdout)
-    assert "hidden state alone: " in texts[0]
-    assert " s\n" not in texts[1]  # nothing was made
-    report = json.loads((tmp_path / "out" / "adaptive_control.json").read_text())
-    ways = report["systems"]["cartpole"]
-    assert len(ways) == 10
-    returns = [found["return"][0] for found in ways.values() if "return" in found]
+def test_the_share_of_the_gap_and_the_errors_ahead(study):
+    worst, best = result([[-10.0, -10.0]]), result([[-2.0, -2.0]])
+    ours = result([[-4.0, -4.0]]) | {"errors ahead": {"before": [0.4], "after": [0.1]}}
+    found = study.put_together([{study.OURS: ours, "true physics": best, "hidden state alone": worst}])
+    assert found[study.OURS]["of the gap from hidden state alone to true physics"] == pytest.approx([0.75])
+    assert found[study.OURS]["error ahead, after / before"][0] == pytest.approx([0.25])
+
+
+def test_of_a_change_only_what_comes_after_it_counts(study):
+    size = replace(study.SIZES["tiny"]["classic"], episode=4, test_tasks=1)
+    reward = torch.arange(16.0).view(4, 4)  # four groups of one task, four steps
+    run = SimpleNamespace(size=size, episodes=lambda *_: (None, reward))
+    found = study.tried(run, study.Way(None), [], [], 0)
+    assert found["returns"] == [[0.0 + 1 + 2 + 3], [4.0 + 5 + 6 + 7], [10.0 + 11], [14.0 + 15]]
+
+
+def call(tmp_path, system, *seeds):
+    command = [sys.executable, str(FOLDER / "adaptive_control.py"), system, "--size", "tiny", "--seeds", *seeds]
+    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tmp_path / "out" / f"adaptive_control_{system}.json").read_text())
+
+
+def test_seeds_are_added_and_none_is_made_twice(tmp_path):
+    text, record = call(tmp_path, "cartpole", "1")
+    assert "hidden state alone.json: " in text
+    assert len(record["report"]) == 10
+    returns = [found["return"][0] for found in record["report"].values() if "return" in found]
     assert len(returns) >= 8
-    assert all(0 <= value <= 60 for groups in returns for value in groups)  # of 60 steps, at most 1 each
-    assert (tmp_path / "out" / "adaptive_control.png").stat().st_size > 10_000
+    assert all(0 <= value <= 80 for groups in returns for value in groups)  # of 80 steps, at most 1 each
+    first = record["seeds"]["1"]
+    text, record = call(tmp_path, "cartpole", "0", "1")
+    assert "cartpole/0/" in text
+    assert "cartpole/1/" not in text
+    assert [*record["seeds"]] == ["0", "1"]
+    assert record["seeds"]["1"] == first
+    assert (tmp_path / "out" / "adaptive_control_cartpole.png").stat().st_size > 10_000
+
+
+def test_a_robot_has_every_way_but_those_that_need_its_equations(tmp_path):
+    pytest.importorskip("mujoco")
+    _, record = call(tmp_path, "cheetah_joint", "0")
+    assert "true physics" not in record["report"]
+    assert len(record["report"]) == 8

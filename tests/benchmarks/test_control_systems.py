@@ -28,11 +28,11 @@ def control_systems() -> Any:
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("adaptive_control", ROOT / "examples" / "adaptive_control.py")
+    spec = importlib.util.spec_from_file_location("example_of_control", ROOT / "examples" / "adaptive_control.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["adaptive_control"] = module
+    sys.modules["example_of_control"] = module
     spec.loader.exec_module(module)
     return module
 
@@ -58,16 +58,15 @@ def assert_steps_agree(make, true_step, physics, seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_true_physics_are_the_environments(control_systems, name, seed):
     system = control_systems.SYSTEMS[name]
-    physics = system.draw(seed, 0, control_systems.OUTSIDE)
-    assert_steps_agree(system.make, system.true_step, physics, seed)
+    make = {"pendulum": partial(make_with_physics, "Pendulum-v1"), "cartpole": control_systems.make_swingup}[name]
+    assert_steps_agree(make, system.true_step, system.task(seed, 0, "test"), seed)
 
 
 @pytest.mark.parametrize("name", ["pendulum", "cartpole"])
 def test_what_is_possible_is_left_as_it_is_and_the_rest_brought_there(control_systems, name):
     system = control_systems.SYSTEMS[name]
-    environment = system.make(system.draw(0, 0, control_systems.INSIDE))
-    observation = torch.as_tensor(environment.reset(seed=0)[0], dtype=torch.float64)[None]
-    environment.close()
+    with system.environment([system.task(0, 0, "train")], [None], 10, 0) as environment:
+        observation = torch.as_tensor(environment.reset(seed=0)[0], dtype=torch.float64)
     torch.testing.assert_close(system.project(observation), observation, atol=1e-6, rtol=0)
     angle = [0, 1] if name == "pendulum" else [2, 3]
     off = observation.clone()
@@ -83,3 +82,27 @@ def test_the_examples_equations_are_gymnasiums(example, seed):
         abs(torch.log(torch.tensor(physics[n] / v)) / torch.log(torch.tensor(1.5))) for n, v in example.NOMINAL.items()
     ]
     assert all(2.0 <= factor <= 3.0 for factor in factors)
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cheetah_joint", "cheetah_gravity", "cheetah_mass"])
+def test_physics_of_the_test_are_outside_of_the_training(control_systems, name):
+    system = control_systems.SYSTEMS[name]
+    train, test = ([system.task(0, n, split) for n in range(50)] for split in ("train", "test"))
+    for key in train[0]:
+        inside, outside = ([task[key] for task in tasks] for tasks in (train, test))
+        assert all(not min(inside) <= value <= max(inside) for value in outside)
+
+
+def test_the_cheetahs_cost_is_its_reward_up_to_the_velocity_within_a_step(control_systems):
+    pytest.importorskip("mujoco")
+    system = control_systems.SYSTEMS["cheetah_joint"]
+    with system.environment([{"disabled": 2}] * 3, [None, None, {5: {"disabled": 0}}], 20, 0) as environment:
+        observation, _ = environment.reset(seed=0)
+        environment.action_space.seed(0)
+        for _ in range(10):
+            action = environment.action_space.sample()
+            after, reward, *_ = environment.step(action)
+            effective = torch.as_tensor(action)
+            price = system.cost(*(torch.as_tensor(v) for v in (observation, effective, after)))
+            assert torch.allclose(-price.double(), torch.as_tensor(reward).double(), atol=1.5)
+            observation = after

@@ -111,3 +111,31 @@ def test_another_models_adapter_is_refused():
     _, _, _, adapter = parts(seed=1)
     with pytest.raises(ValueError, match="adapter must adapt the same model object"):
         control(planner, model, scales, adapter)
+
+
+def test_a_stream_that_ran_away_begins_anew_and_is_counted():
+    planner, model, scales, adapter = parts()
+    policy = control(planner, model, scales, adapter)
+    seen = observations(4)
+    state: Any = None
+    for t in range(3):
+        _, state = policy(seen[t], state, FIRST if t == 0 else NO)
+    assert policy.restarts.tolist() == [0, 0, 0]
+    hidden = state.hidden_state.clone()
+    hidden[1] = torch.inf
+    action, state = policy(seen[3], state._replace(hidden_state=hidden), NO)
+    assert policy.restarts.tolist() == [0, 1, 0]
+    assert torch.isfinite(action).all()
+    assert torch.equal(state.hidden_state[1], model.init_hidden(1)[0])
+    for name, value in adapter.in_use()[0].items():
+        assert torch.equal(value[1], model.get_parameter(name))
+        assert not torch.equal(value[0], model.get_parameter(name))
+
+
+def test_what_no_restart_can_mend_is_an_error_that_names_the_stream():
+    for adapts in (True, False):
+        planner, model, scales, adapter = parts(adapts=adapts)
+        seen = observations(1)[0]
+        seen[2, 0] = torch.nan
+        with pytest.raises(FloatingPointError, match="No candidate of stream 2 has a finite cost"):
+            control(planner, model, scales, adapter)(seen, None, FIRST)

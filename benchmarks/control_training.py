@@ -1,0 +1,365 @@
+"""Data and models of `adaptive_control.py`: rounds of planning and training, and meta-training from where they end.
+
+Letters: N streams or tasks, T steps of an episode, D the size of an observation, A of an action.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchopt
+from control_systems import System, Task
+from torch import Tensor, nn
+from torch.func import vmap
+from torchopt.base import GradientTransformation
+
+from ssmrl import MLP, AdaptationConfig, StateSpaceModel, StreamAdapter, adapt
+from ssmrl.adaptation import learning_rates, scale_by_learning_rates
+from ssmrl.adaptation.tree import tree_map
+from ssmrl.checkpoint import load_checkpoint, save_checkpoint
+from ssmrl.env_runner import derive_seed, rollout
+from ssmrl.meta_rl import (
+    AdaptiveControl,
+    DynamicsScales,
+    MetaLearner,
+    Planner,
+    Transitions,
+    adaptive_planning_loss,
+    dynamics_scales,
+    model_step,
+    one_step_loss,
+    open_loop_loss,
+    planning_loss,
+)
+
+__all__ = [
+    "NUM_STEPS",
+    "SIZES",
+    "Run",
+    "Size",
+    "aggregated",
+    "best_rate",
+    "errors_ahead",
+    "fitted",
+    "meta_trained",
+    "scales_of",
+    "train",
+]
+
+NUM_STEPS = 3
+"""Gradient steps at every step of the environment, from the meta-trained weights."""
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""To choose from, for the model that is not meta-trained."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a run."""
+
+    rounds: int
+    tasks: int
+    """Of every round, an episode each."""
+    updates: int
+    """Of the model after every round, three times as many after the last."""
+    meta_updates: int
+    batch: int
+    """Tasks of a meta-update."""
+    test_tasks: int
+    """Of every group."""
+    own_steps: int
+    """Of the models that are fitted to one system each."""
+    episode: int
+    """Steps."""
+    candidates: int
+    """Of the planner, in each of three rounds."""
+    horizon: int
+    """Of the planner."""
+    ahead: int
+    """Steps that a prediction is trained for from its own predictions."""
+    state: int
+    """Width of the recurrent model's state."""
+    hidden: int
+    """Width of its perceptrons, half of that of the model without a state."""
+    windows: tuple[int, ...] = (8, 12, 20, 32)
+    """Lengths of what is adapted to in meta-training; in the test it grows from the least to the largest."""
+    after: int = 24
+    """Steps after a window that the adapted model is judged by."""
+    noise: tuple[float, float] = (0.05, 0.25)
+    """Deviations of the noise on actions in training, in parts of their range, row by row in turn."""
+
+
+SIZES = {
+    "tiny": {
+        "classic": Size(2, 4, 3, 3, 2, 2, 2, 80, 8, 3, 3, 8, 16),
+        "robot": Size(2, 4, 3, 3, 2, 2, 2, 80, 8, 3, 3, 8, 16),
+    },
+    "default": {
+        "classic": Size(4, 300, 1000, 1200, 16, 40, 400, 200, 64, 20, 15, 32, 64),
+        "robot": Size(6, 40, 600, 800, 16, 40, 0, 200, 100, 12, 12, 64, 128),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A system and a seed, and where its files are."""
+
+    system: System
+    seed: int
+    size: Size
+    folder: Path
+
+    def planner(self, step: Any) -> Planner:
+        size = self.size
+        return Planner(
+            step, self.system.actions, horizon=size.horizon, candidates=size.candidates, rounds=3, chunk_size=40
+        )
+
+    def step(self, model: nn.Module, scales: DynamicsScales) -> Any:
+        return model_step(model, scales, self.system.cost, project=self.system.project)
+
+    def control(
+        self,
+        model: nn.Module,
+        scales: DynamicsScales,
+        seed: int,
+        config: AdaptationConfig | None = None,
+        number: int = 0,
+    ) -> AdaptiveControl:
+        adapter = None if config is None else StreamAdapter(model, config, number)
+        generator = torch.Generator().manual_seed(seed)
+        return AdaptiveControl(
+            self.planner(self.step(model, scales)), model, scales, adapter=adapter, generator=generator
+        )
+
+    def episodes(self, policy: Any, tasks: Sequence[Task], seed: int, changes: Sequence[Any] | None = None) -> Any:
+        """An episode of every task: what happened, and the rewards (N, T)."""
+        changes = [None] * len(tasks) if changes is None else changes
+        with self.system.environment(tasks, changes, self.size.episode, seed) as environment:
+            record, _ = rollout(policy, environment, self.size.episode)
+        return Transitions(record.observation, record.action, record.next_observation), record.reward
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, from its checkpoint if it was made before."""
+        found = load_checkpoint(self.folder / name)
+        if found is None:
+            began = time.perf_counter()
+            save_checkpoint(self.folder / name, 0, make())
+            print(f"{self.folder} {name}: {time.perf_counter() - began:.0f} s", flush=True)
+            found = load_checkpoint(self.folder / name)
+        assert found is not None
+        return found.state
+
+    def recurrent(self) -> nn.Module:
+        size = self._observation_size()
+        return StateSpaceModel(self.size.state, size + self.system.actions.size, size, hidden_dim=self.size.hidden)
+
+    def stateless(self) -> nn.Module:
+        size = self._observation_size()
+        return MLP(size + self.system.actions.size, size, hidden_dim=2 * self.size.hidden)
+
+    def _observation_size(self) -> int:
+        task = self.system.task(0, 0, "train")
+        with self.system.environment([task], [None], self.size.episode, 0) as environment:
+            shape = environment.single_observation_space.shape
+        assert shape is not None
+        return int(shape[0])
+
+
+# Policies that collect
+
+
+def random_actions(run: Run, seed: int) -> Any:
+    """Actions that are held for some steps."""
+    generator, low, high = torch.Generator().manual_seed(seed), run.system.actions.low, run.system.actions.high
+
+    def policy(observation: Tensor, held: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
+        fresh = low + torch.rand(len(reset), len(low), generator=generator) * (high - low)
+        keep = torch.rand(len(reset), 1, generator=generator) < 0.7
+        action = fresh if held is None else torch.where(keep, held, fresh)
+        return action, action
+
+    return policy
+
+
+def exploring(run: Run, policy: Any, seed: int) -> Any:
+    """The policy with noise on its actions."""
+    generator, low, high = torch.Generator().manual_seed(seed), run.system.actions.low, run.system.actions.high
+
+    def noisy(observation: Tensor, state: Any, reset: Tensor) -> tuple[Tensor, Any]:
+        action, state = policy(observation, state, reset)
+        scale = torch.where(torch.arange(len(action)) % 2 == 0, *run.size.noise)[:, None] * (high - low)
+        action = torch.clamp(action + scale * torch.randn(action.shape, generator=generator), low, high)
+        return action, state._replace(action=action)
+
+    return noisy
+
+
+# Training
+
+
+def rate_at(update: int, total: int, peak: float) -> float:
+    """Up over a tenth of the updates, then down as a cosine."""
+    part = (update + 1) / total
+    return peak * min(10 * part, 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, updates: int, seed: int) -> None:
+    """Train a model on whole episodes, to be planned with."""
+    step, params, ahead = run.step(model, scales), dict(model.named_parameters()), run.size.ahead
+    generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(model.parameters())
+    for update in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(update, updates, 2e-3)
+        rows = torch.randint(len(data.action), (3 * run.size.batch // 2,), generator=generator)
+        starts = (torch.rand(4, generator=generator) * (run.size.episode - ahead)).long().tolist()
+        episodes = Transitions(*(leaf[rows] for leaf in data))
+        loss = planning_loss(model, step, scales, params, None, episodes, starts=starts, horizon=ahead)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def scales_of(run: Run, data: Any) -> DynamicsScales:
+    """Those of the first round, whatever came after it."""
+    return dynamics_scales(*(leaf[: run.size.tasks] for leaf in data))
+
+
+def aggregated(run: Run) -> dict[str, Any]:
+    """Data of all rounds, and the recurrent model that was trained on them."""
+    torch.manual_seed(run.seed)
+    model, data, scales = run.recurrent(), None, None
+    for r in range(run.size.rounds):
+        seed = derive_seed(run.seed, 2, r)
+        tasks = [run.system.task(seed, n, "train") for n in range(run.size.tasks)]
+        policy = random_actions(run, seed)
+        if scales is not None:
+            policy = exploring(run, run.control(model, scales, seed), seed)
+        new, reward = run.episodes(policy, tasks, seed)
+        print(f"{run.folder} round {r}: mean return {reward.sum(1).mean():.0f}", flush=True)
+        data = new if data is None else Transitions(*map(torch.cat, zip(data, new, strict=True)))
+        scales = scales_of(run, data)
+        last = r == run.size.rounds - 1
+        train(run, model, scales, data, (3 if last else 1) * run.size.updates, seed)
+    assert data is not None
+    return {"data": tuple(data), "model": model.state_dict()}
+
+
+# Meta-training
+
+
+def some_tasks(run: Run, data: Transitions, generator: torch.Generator) -> tuple[int, int, tuple[Tensor, ...]]:
+    """Where a window begins, how long it is, and episodes up to some steps after it."""
+    size = run.size
+    rows = torch.randint(len(data.action), (size.batch,), generator=generator)
+    window = size.windows[int(torch.randint(len(size.windows), (1,), generator=generator))]
+    begin = int(torch.randint(size.episode - window - size.after + 1, (1,), generator=generator))
+    return begin, window, tuple(leaf[rows, : begin + window + size.after] for leaf in data)
+
+
+def losses_of(run: Run, model: nn.Module, scales: DynamicsScales, params: Any, task: Any, at: Any, inner: Any) -> Any:
+    begin, window = at
+    episode = Transitions(*(leaf[None] for leaf in task))
+    settings = {"begin": begin, "window": window, "horizon": run.size.ahead, "num_steps": NUM_STEPS}
+    return adaptive_planning_loss(model, run.step(model, scales), scales, params, episode, optimizer=inner, **settings)
+
+
+def meta_trained(
+    run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, unadapted: float
+) -> dict[str, Any]:
+    """MAML with learned rates, whose loss has the model before it adapts with a weight."""
+    params = dict(model.named_parameters())
+    rates = learning_rates(params, 0.01, per_element=True)
+    optimizer = torch.optim.Adam([*params.values(), *rates.values()])
+    generator, at = torch.Generator().manual_seed(run.seed), (0, 0)
+
+    def loss(meta: Any, task: Any) -> Tensor:
+        found = losses_of(run, model, scales, meta["params"], task, at, scale_by_learning_rates(meta["rates"]))
+        total: Tensor = unadapted * found.unadapted + found.adapted
+        return total
+
+    learner = MetaLearner(loss, {"params": params, "rates": rates}, outer_optimizer=optimizer, max_grad_norm=1.0)
+    for update in range(run.size.meta_updates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(update, run.size.meta_updates, 5e-4)
+        begin, window, tasks = some_tasks(run, data, generator)
+        at = (begin, window)
+        learner.update(tasks)
+    return {"model": model.state_dict(), "rates": {name: rate.detach() for name, rate in rates.items()}}
+
+
+def best_rate(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> float:
+    """The rate at which gradient steps help a model most that was not meta-trained for them, on the training tasks."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(run.seed)
+    batches = [some_tasks(run, data, generator) for _ in range(8)]
+
+    def loss(rate: float) -> float:
+        inner = scale_by_learning_rates({name: p.new_tensor(rate) for name, p in params.items()})
+        found = [
+            vmap(lambda *task, at=at: losses_of(run, model, scales, params, task, at, inner).adapted)(*tasks).mean()
+            for *at, tasks in batches
+        ]
+        return float(torch.stack(found).mean().nan_to_num(nan=math.inf))
+
+    return min(RATES, key=loss)
+
+
+# What is not meta-trained, and how good predictions are
+
+
+def fitted(run: Run, model: nn.Module, scales: DynamicsScales, tasks: Sequence[Task], seed: int) -> dict[str, Tensor]:
+    """The recurrent model, fitted to two episodes of every system: one of the planner on it, one at random."""
+    parts = [
+        run.episodes(exploring(run, run.control(model, scales, seed), seed), tasks, seed)[0],
+        run.episodes(random_actions(run, seed), tasks, seed + 1)[0],
+    ]
+    data = Transitions(*(torch.stack(leaves, 1) for leaves in zip(*parts, strict=True)))  # (N, 2, T, ·)
+    named = {name: p.detach() for name, p in model.named_parameters()}
+
+    def of_one(*episodes: Tensor) -> Any:
+        def loss(params: Any, *episodes: Tensor) -> Tensor:
+            return one_step_loss(model, scales, params, None, *episodes)[0]
+
+        steps, optimizer = run.size.own_steps, torchopt.adam(1e-3)
+        return adapt(loss, named, *episodes, optimizer=optimizer, num_steps=steps, first_order=True).params
+
+    result: dict[str, Tensor] = tree_map(torch.Tensor.detach, vmap(of_one)(*data))
+    return result
+
+
+def errors_ahead(
+    run: Run, model: nn.Module, scales: DynamicsScales, inner: GradientTransformation, data: Transitions
+) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of open-loop predictions after full windows, before and after adapting to them, (N,) each."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    window, ahead = run.size.windows[-1], run.size.ahead
+    step = run.step(model, scales)
+
+    def at(begin: int, *task: Tensor) -> tuple[Tensor, Tensor]:
+        episode = Transitions(*(leaf[None] for leaf in task))
+        past, future = episode.steps(begin, begin + window), episode.steps(begin + window, begin + window + ahead)
+        state = one_step_loss(model, scales, params, None, *episode.steps(0, begin))[1] if begin else None
+
+        def loss(params: Any) -> Tensor:
+            return one_step_loss(model, scales, params, state, *past)[0]
+
+        def error(params: Any) -> Tensor:
+            here = one_step_loss(model, scales, params, state, *past)[1]
+            return open_loop_loss(step, scales, params, here, *future)
+
+        found = adapt(loss, params, optimizer=inner, num_steps=NUM_STEPS, first_order=True)
+        return error(params), error(found.params)
+
+    with torch.no_grad():
+        begins = range(0, run.size.episode - window - ahead + 1, ahead)
+        found = [vmap(lambda *task, begin=begin: at(begin, *task))(*data) for begin in begins]
+        before, after = (torch.stack(errors).mean(0) for errors in zip(*found, strict=True))
+    return before, after
