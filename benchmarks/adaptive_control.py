@@ -32,6 +32,7 @@ from control_training import (
     NUM_STEPS,
     SIZES,
     Run,
+    Size,
     aggregated,
     best_rate,
     errors_ahead,
@@ -47,7 +48,7 @@ import ssmrl
 from ssmrl import AdaptationConfig
 from ssmrl.adaptation import Guard, Window, scale_by_learning_rates
 from ssmrl.core import functional_forward
-from ssmrl.env_runner import derive_seed
+from ssmrl.env_runner import derive_seed, rollout
 from ssmrl.meta_rl import AdaptiveControl, DynamicsScales, Planner, Transitions, dynamics_data, student_t_interval
 
 mpl.use("Agg")
@@ -76,6 +77,9 @@ class Arguments:
     """Runs at a time, on a thread each."""
     size: Literal["tiny", "default"] = "default"
     """tiny is for tests."""
+    video: bool = False
+    """Film ours and the hidden state alone, on a task of every group without a change, into --runs, in place of all
+    else; the seeds must have been run."""
     runs: Path = Path("output/adaptive_control")
     """Folder for models and rewards of every run."""
     out: Path = Path("docs/results")
@@ -200,17 +204,23 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
 # One seed
 
 
+def size_of(name: str, size_name: str) -> Size:
+    return SIZES[size_name]["robot" if SYSTEMS[name].true_step is None else "classic"]
+
+
+def run_of(name: str, seed: int, size_name: str, runs: str) -> Run:
+    return Run(SYSTEMS[name], seed, size_of(name, size_name), Path(runs) / size_name / name / str(seed))
+
+
 def run_seed(name: str, seed: int, size_name: str, runs: str) -> dict[str, Any]:
     """What every way got: returns (groups, N), rewards after changes, errors of predictions."""
     torch.set_num_threads(1)
-    system = SYSTEMS[name]
-    size = SIZES[size_name]["robot" if system.true_step is None else "classic"]
-    run = Run(system, seed, size, Path(runs) / size_name / name / str(seed))
+    run, size = run_of(name, seed, size_name, runs), size_of(name, size_name)
     run.folder.mkdir(parents=True, exist_ok=True)
     key, tasks, later, changes = derive_seed(seed, 1), [], [], []
     for group, (label, splits) in enumerate(GROUPS.items()):
         for n in range(size.test_tasks):
-            first, second = (system.task(key, 1000 * (2 * group + k) + n, split) for k, split in enumerate(splits))
+            first, second = (run.system.task(key, 1000 * (2 * group + k) + n, split) for k, split in enumerate(splits))
             changing = label in CHANGING
             tasks.append(first)
             later.append(second if changing else first)
@@ -248,6 +258,22 @@ def tried(run: Run, way: Way, tasks: list[Task], changes: list[Any], seed: int) 
         errors = {"before": before, "after": after}
         found["errors ahead"] = {key: e.unflatten(0, (2, number)).mean(1).tolist() for key, e in errors.items()}
     return found
+
+
+def film(name: str, seed: int, size_name: str, runs: Path) -> None:
+    """Videos of a run's models, the adapting one and the hidden state alone, on the same tasks and random numbers."""
+    run = run_of(name, seed, size_name, str(runs))
+    if run.system.filmed is None:
+        raise ValueError(f"--video needs one of the robots; got {name!r}.")
+    key = derive_seed(seed, 1)
+    for group, split in (("in range", "train"), ("outside", "test")):
+        task = run.system.task(key, 1000 * 2 * [*GROUPS].index(group), split)
+        for way in (OURS, "hidden state alone"):
+            policy = ways_of(run, [task], [task], key)[way]().policy
+            title = f"{name} {group} {way}".replace(" ", "_").replace(",", "")
+            with run.system.filmed(task, run.size.episode, key, str(run.folder), title) as environment:
+                record, _ = rollout(policy, environment, run.size.episode)
+            print(f"{title}: {task}, return {record.reward.sum():.0f}, {run.folder}")
 
 
 def rounded(values: Any, digits: int) -> Any:
@@ -332,8 +358,11 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: Arguments) -> None:
     name, path = arguments.system, arguments.out / f"adaptive_control_{arguments.system}.json"
-    kind = "robot" if SYSTEMS[name].true_step is None else "classic"
-    settings = json.loads(json.dumps({**asdict(SIZES[arguments.size][kind]), "steps": NUM_STEPS}))
+    if arguments.video:
+        for seed in arguments.seeds:
+            film(name, seed, arguments.size, arguments.runs)
+        return
+    settings = json.loads(json.dumps({**asdict(size_of(name, arguments.size)), "steps": NUM_STEPS}))
     made: dict[str, Any] = {}
     if path.exists():
         record = json.loads(path.read_text())

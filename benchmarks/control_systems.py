@@ -43,6 +43,8 @@ class System:
     true_step: Callable[..., tuple[Tensor, Tensor, Any]] | None = None
     """The physics themselves as a planner's `step`: params holds a parameter of the physics each, (). None: too slow to
     plan with."""
+    filmed: Callable[..., Environment] | None = None
+    """(task, episode, seed, folder, title): an environment of one task that makes a video of its first episode."""
 
     def task(self, seed: int, index: int, split: str) -> Task:
         """Draw a task."""
@@ -142,19 +144,48 @@ def make_swingup(physics: Task, changes: Mapping[int, Task] | None = None) -> gy
 # Robots
 
 
+ROBOTS = {
+    "HalfCheetah": {},
+    "Ant": {"terminate_when_unhealthy": False, "include_cfrc_ext_in_observation": False},
+}
+"""Settings of Gymnasium's environments: an ant that has fallen goes on."""
+
+
 def robot_environment(name: str, tasks: Sequence[Task], changes: Sequence[Any], episode: int, seed: int) -> Environment:
     """An environment of Gymnasium's robot, all rows in one simulation on one thread."""
-    whole = [
-        task if change is None else {**task, "changes": change} for task, change in zip(tasks, changes, strict=True)
-    ]
     return Environment(
-        f"ssmrl/{name}-v5", tasks=whole, seed=seed, max_episode_steps=episode, autoreset_mode="Disabled", num_threads=1
+        f"ssmrl/{name}-v5",
+        tasks=[
+            task if change is None else {**task, "changes": change} for task, change in zip(tasks, changes, strict=True)
+        ],
+        seed=seed,
+        max_episode_steps=episode,
+        autoreset_mode="Disabled",
+        num_threads=1,
+        **ROBOTS[name],
     )
+
+
+def filmed_robot(name: str, task: Task, episode: int, seed: int, folder: str, title: str) -> Environment:
+    """The environment of one robot, which films itself; it needs moviepy, and a machine that renders MuJoCo."""
+
+    def make() -> gymnasium.Env[Any, Any]:
+        env = gymnasium.make(f"ssmrl/{name}-v5", render_mode="rgb_array", **ROBOTS[name], **task)
+        return gymnasium.wrappers.RecordVideo(env, folder, name_prefix=title)
+
+    return Environment([make], seed=seed, max_episode_steps=episode, autoreset_mode="Disabled")
 
 
 def cheetah_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """0.1 ‖a‖² less the velocity at the end of the step; Gymnasium's reward has the mean velocity over the step."""
     return 0.1 * action.square().sum(-1) - following[:, 8]
+
+
+def ant_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """0.5 ‖a‖² less the velocity at the end of the step, and what an ant has for a height between 0.2 and 1."""
+    height = following[:, 0]
+    upright = torch.sigmoid(20 * (height - 0.2)) * torch.sigmoid(20 * (1.0 - height))
+    return 0.5 * action.square().sum(-1) - following[:, 13] - upright
 
 
 def bounded(observation: Tensor) -> Tensor:
@@ -168,12 +199,13 @@ def cheetah_gravity(generator: np.random.Generator, split: str) -> Task:
     return {"gravity": float(1 + generator.choice([-1.0, 1.0]) * away)}
 
 
-def cheetah(draw: Callable[[np.random.Generator, str], Task]) -> System:
-    """HalfCheetah, to be run forwards."""
-    return System(
-        draw, partial(robot_environment, "HalfCheetah"), BoxActions([-1.0] * 6, [1.0] * 6), cheetah_cost, bounded
-    )
+def robot(name: str, size: int, cost: Any, draw: Callable[[np.random.Generator, str], Task]) -> System:
+    """Gymnasium's robot of so many actuators, to be run forwards."""
+    actions = BoxActions([-1.0] * size, [1.0] * size)
+    return System(draw, partial(robot_environment, name), actions, cost, bounded, filmed=partial(filmed_robot, name))
 
+
+cheetah = partial(robot, "HalfCheetah", 6, cheetah_cost)
 
 SYSTEMS = {
     "pendulum": System(
@@ -195,4 +227,5 @@ SYSTEMS = {
     "cheetah_joint": cheetah(disabled("HalfCheetah").draw),
     "cheetah_gravity": cheetah(cheetah_gravity),
     "cheetah_mass": cheetah(one_parameter("HalfCheetah", "mass").draw),
+    "ant_leg": robot("Ant", 8, ant_cost, disabled("Ant").draw),
 }

@@ -338,7 +338,10 @@ def fitted(run: Run, model: nn.Module, scales: DynamicsScales, tasks: Sequence[T
 def errors_ahead(
     run: Run, model: nn.Module, scales: DynamicsScales, inner: GradientTransformation, data: Transitions
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of open-loop predictions after full windows, before and after adapting to them, (N,) each."""
+    """Mean squared errors of open-loop predictions after full windows, before and after adapting to them, (N,) each.
+
+    As with a guard, steps that make the window's own loss larger, or not finite, do not stand.
+    """
     params = {name: p.detach() for name, p in model.named_parameters()}
     window, ahead = run.size.windows[-1], run.size.ahead
     step = run.step(model, scales)
@@ -355,8 +358,10 @@ def errors_ahead(
             here = one_step_loss(model, scales, params, state, *past)[1]
             return open_loop_loss(step, scales, params, here, *future)
 
-        found = adapt(loss, params, optimizer=inner, num_steps=NUM_STEPS, first_order=True)
-        return error(params), error(found.params)
+        found = adapt(loss, params, optimizer=inner, num_steps=NUM_STEPS, first_order=True).params
+        stands = loss(found) <= loss(params)
+        found = tree_map(lambda a, b: torch.where(stands, a, b), found, params)
+        return error(params), error(found)
 
     with torch.no_grad():
         begins = range(0, run.size.episode - window - ahead + 1, ahead)

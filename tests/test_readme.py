@@ -31,7 +31,7 @@ def test_it_has_at_most_120_lines():
 def test_there_are_two_commands():
     main_job, tests = blocks("bash")
     assert "examples/adapt_dynamics.py" in main_job
-    assert tests.rstrip().endswith("pytest")
+    assert tests.rstrip().endswith("pytest -n auto")
 
 
 def test_the_pictures_exist():
