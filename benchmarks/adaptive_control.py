@@ -136,10 +136,10 @@ def on_its_own_model(
 
 @dataclass(frozen=True)
 class Way:
-    """A policy, and where it adapts the model and the steps that it does so by."""
+    """A policy, and where it is of interest how its predictions get better: the model, its scales, the steps."""
 
     policy: Any
-    adapting: tuple[nn.Module, Any] | None = None
+    adapting: tuple[nn.Module, DynamicsScales, Any] | None = None
 
 
 def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[str, Callable[[], Way]]:
@@ -176,12 +176,12 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
         if not adapting:
             return Way(control(model))
         steps = scale_by_learning_rates(weights["rates"])
-        return Way(control(model, config=adapts(optimizer=steps, from_anchor=True)), (model, steps))
+        return Way(control(model, config=adapts(optimizer=steps, from_anchor=True)), (model, scales, steps))
 
     def the_same_steps() -> Way:
         rate = run.once("rate", lambda: {"rate": best_rate(run, hidden, scales, data)})["rate"]
         steps = scale_by_learning_rates({name: p.new_tensor(rate) for name, p in hidden.named_parameters()})
-        return Way(control(hidden, config=adapts(optimizer=steps, from_anchor=True)), (hidden, steps))
+        return Way(control(hidden, config=adapts(optimizer=steps, from_anchor=True)), (hidden, scales, steps))
 
     ways: dict[str, Callable[[], Way]] = {}
     if run.system.true_step is not None:
@@ -252,9 +252,8 @@ def tried(run: Run, way: Way, tasks: list[Task], changes: list[Any], seed: int) 
     if isinstance(way.policy, AdaptiveControl) and way.policy.adapter is not None:
         found["restarts"] = way.policy.restarts.tolist()
     if way.adapting is not None:
-        model, steps = way.adapting
         still = Transitions(*(leaf[: 2 * number] for leaf in record))
-        before, after = errors_ahead(run, model, scales_of(run, run.once("data", dict)["data"]), steps, still)
+        before, after = errors_ahead(run, *way.adapting, still)
         errors = {"before": before, "after": after}
         found["errors ahead"] = {key: e.unflatten(0, (2, number)).mean(1).tolist() for key, e in errors.items()}
     return found

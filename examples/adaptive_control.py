@@ -3,7 +3,7 @@
 From nothing: random actions of many pendulums, then rounds in which a recurrent model is trained on all that was seen
 and plans the next actions itself (the cross-entropy method). The model is then meta-trained so that a few gradient
 steps on the last transitions make its predictions right, 15 steps ahead. At the end it controls pendulums that it has
-never met: with physics in the range of the training, outside of it, and with physics that change in mid-episode.
+never met: with physics in the range of the training, outside of it, and with physics that leave it in mid-episode.
 Beside it are the planner on the true physics, the same model without adaptation, the model before meta-training, which
 knows the physics by its hidden state alone, and that model with the same gradient steps.
 
@@ -31,7 +31,7 @@ from torch.func import vmap
 from tqdm import tqdm
 
 from ssmrl import AdaptationConfig, Environment, StateSpaceModel, StreamAdapter
-from ssmrl.adaptation import Window, learning_rates, scale_by_learning_rates
+from ssmrl.adaptation import Guard, Window, learning_rates, scale_by_learning_rates
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.env_runner import derive_seed, make_with_physics, rollout
 from ssmrl.meta_rl import (
@@ -56,7 +56,8 @@ LENGTHS = (8, 12, 20, 32)  # of the windows of meta-training: an episode begins 
 RATES = (0.003, 0.01, 0.03, 0.1)  # to choose from, for the model that is not meta-trained
 TASKS_AT_A_TIME, EPISODES_AT_A_TIME = 16, 24
 EXPLORATION = 0.5  # deviation of the noise on actions in training, of half of the tasks; a fifth of it for the others
-GROUPS = {"in the range": (0.0, 2.0), "outside the range": (2.0, 3.0), "changing in mid-episode": (0.0, 2.0)}
+INSIDE, OUTSIDE = (0.0, 2.0), (2.0, 3.0)  # |u| of the factors 1.5^u on physics, in training and beyond
+GROUPS = {"in the range": (INSIDE, INSIDE), "outside the range": (OUTSIDE, OUTSIDE), "changing": (INSIDE, OUTSIDE)}
 
 
 @dataclass(frozen=True)
@@ -313,16 +314,16 @@ def test(arguments, size, hidden, model, rates, rate, scales):
     """Rewards of every way, (groups, N, T)."""
     number, change, seed = size.test_tasks, size.steps // 2, derive_seed(arguments.seed, 1)
     physics, later, changes = [], [], []
-    for group, (name, reach) in enumerate(GROUPS.items()):
+    for group, (name, reaches) in enumerate(GROUPS.items()):
         for n in range(number):
-            one, other = (draw_physics(seed, 1000 * (2 * group + k) + n, reach) for k in range(2))
-            changing = name == "changing in mid-episode"
+            one, other = (draw_physics(seed, 1000 * (2 * group + k) + n, reach) for k, reach in enumerate(reaches))
+            changing = name == "changing"
             physics.append(one)
             later.append(other if changing else one)
             changes.append({change: other} if changing else None)
 
     window = Window(WINDOW, minimum=LENGTHS[0])
-    adapts = partial(AdaptationConfig, num_steps=NUM_STEPS, window=window, from_anchor=True)
+    adapts = partial(AdaptationConfig, num_steps=NUM_STEPS, window=window, from_anchor=True, guard=Guard(allowance=0.3))
     policy = partial(control, arguments, scales=scales, num_streams=len(physics), seed=seed)
     ways: dict[str, Callable] = {
         "true physics": knows_the_physics(arguments, physics, later, change, seed),
@@ -374,7 +375,7 @@ def main(arguments: Arguments) -> None:
         model.load_state_dict(state["model"])
     for r in range(state["rounds"], size.rounds):
         seed = derive_seed(arguments.seed, 2, r)
-        physics = [draw_physics(seed, n, GROUPS["in the range"]) for n in range(size.tasks)]
+        physics = [draw_physics(seed, n, INSIDE) for n in range(size.tasks)]
         policy = random_torques(seed)
         if r:
             scales = scales_of(size, state["data"])
