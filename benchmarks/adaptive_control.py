@@ -34,9 +34,10 @@ from control_training import (
     Run,
     Size,
     aggregated,
-    best_rate,
+    best_rates,
     errors_ahead,
     fitted,
+    inner_steps,
     meta_trained,
     scales_of,
     train,
@@ -46,7 +47,7 @@ from torch.func import vmap
 
 import ssmrl
 from ssmrl import AdaptationConfig
-from ssmrl.adaptation import Guard, Window, scale_by_learning_rates
+from ssmrl.adaptation import Guard, Window
 from ssmrl.core import functional_forward
 from ssmrl.env_runner import derive_seed, rollout
 from ssmrl.meta_rl import AdaptiveControl, DynamicsScales, Planner, Transitions, dynamics_data, student_t_interval
@@ -136,7 +137,7 @@ def on_its_own_model(
 
 @dataclass(frozen=True)
 class Way:
-    """A policy, and where it is of interest how its predictions get better: the model, its scales, the steps."""
+    """A policy, and where it is of interest how its predictions get better: the model, its scales, its rates."""
 
     policy: Any
     adapting: tuple[nn.Module, DynamicsScales, Any] | None = None
@@ -149,7 +150,9 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
     hidden = run.recurrent()
     hidden.load_state_dict(found["model"])
     window = Window(run.size.windows[-1], minimum=run.size.windows[0])
-    adapts = partial(AdaptationConfig, num_steps=NUM_STEPS, window=window, guard=Guard(allowance=0.3))
+    adapts = partial(
+        AdaptationConfig, adapted=run.size.adapted, num_steps=NUM_STEPS, window=window, guard=Guard(allowance=0.3)
+    )
     control = partial(run.control, scales=scales, seed=seed, number=len(tasks))
 
     def start(make: Callable[[], nn.Module], weights: Any) -> nn.Module:
@@ -175,13 +178,14 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
         model = start(make, weights["model"])
         if not adapting:
             return Way(control(model))
-        steps = scale_by_learning_rates(weights["rates"])
-        return Way(control(model, config=adapts(optimizer=steps, from_anchor=True)), (model, scales, steps))
+        return by_steps(model, weights["rates"])
+
+    def by_steps(model: nn.Module, rates: dict[str, Tensor]) -> Way:
+        config = adapts(optimizer=inner_steps(run, rates), from_anchor=True)
+        return Way(control(model, config=config), (model, scales, rates))
 
     def the_same_steps() -> Way:
-        rate = run.once("rate", lambda: {"rate": best_rate(run, hidden, scales, data)})["rate"]
-        steps = scale_by_learning_rates({name: p.new_tensor(rate) for name, p in hidden.named_parameters()})
-        return Way(control(hidden, config=adapts(optimizer=steps, from_anchor=True)), (hidden, scales, steps))
+        return by_steps(hidden, run.once("rates", lambda: best_rates(run, hidden, scales, data)))
 
     ways: dict[str, Callable[[], Way]] = {}
     if run.system.true_step is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.func import vmap
 from torchopt.base import GradientTransformation
 
 from ssmrl import MLP, AdaptationConfig, StateSpaceModel, StreamAdapter, adapt
-from ssmrl.adaptation import learning_rates, scale_by_learning_rates
+from ssmrl.adaptation import clip_by_global_norm, learning_rates, scale_by_learning_rates, select
 from ssmrl.adaptation.tree import tree_map
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.env_runner import derive_seed, rollout
@@ -44,9 +44,10 @@ __all__ = [
     "Run",
     "Size",
     "aggregated",
-    "best_rate",
+    "best_rates",
     "errors_ahead",
     "fitted",
+    "inner_steps",
     "meta_trained",
     "scales_of",
     "train",
@@ -54,7 +55,7 @@ __all__ = [
 
 NUM_STEPS = 3
 """Gradient steps at every step of the environment, from the meta-trained weights."""
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """To choose from, for the model that is not meta-trained."""
 
 
@@ -92,17 +93,75 @@ class Size:
     """Steps after a window that the adapted model is judged by."""
     noise: tuple[float, float] = (0.05, 0.25)
     """Deviations of the noise on actions in training, in parts of their range, row by row in turn."""
+    adapted: str = "*"
+    """Names of the weights that adapt, as a pattern."""
+    per_element: bool = True
+    """A learned rate for every element of them, or for every tensor."""
+    rate: float = 0.01
+    """Before it is learned."""
+    clip: float | None = None
+    """Of the norm of a gradient that is adapted by."""
 
 
+TINY = Size(
+    rounds=2,
+    tasks=4,
+    updates=3,
+    meta_updates=3,
+    batch=2,
+    test_tasks=2,
+    own_steps=2,
+    episode=80,
+    candidates=8,
+    horizon=3,
+    ahead=3,
+    state=8,
+    hidden=16,
+)
+CLASSIC = Size(
+    rounds=4,
+    tasks=300,
+    updates=1000,
+    meta_updates=1200,
+    batch=16,
+    test_tasks=40,
+    own_steps=400,
+    episode=200,
+    candidates=64,
+    horizon=20,
+    ahead=15,
+    state=32,
+    hidden=64,
+)
+ROBOT = Size(
+    rounds=9,
+    tasks=60,
+    updates=1500,
+    meta_updates=600,
+    batch=6,
+    test_tasks=40,
+    own_steps=0,
+    episode=200,
+    candidates=100,
+    horizon=15,
+    ahead=15,
+    state=64,
+    hidden=128,
+    windows=(16, 32, 64),
+    noise=(0.05, 0.2),
+    adapted="*input.*",
+    per_element=False,
+    rate=0.3,
+    clip=1.0,
+)
+"""Which joint does not obey is a matter of the layers that see actions. They have one rate for every tensor: a rate of
+its own for the weights of a joint that always obeyed in training would not have been learned."""
 SIZES = {
     "tiny": {
-        "classic": Size(2, 4, 3, 3, 2, 2, 2, 80, 8, 3, 3, 8, 16),
-        "robot": Size(2, 4, 3, 3, 2, 2, 2, 80, 8, 3, 3, 8, 16),
+        "classic": TINY,
+        "robot": replace(TINY, adapted=ROBOT.adapted, per_element=False, rate=ROBOT.rate, clip=ROBOT.clip),
     },
-    "default": {
-        "classic": Size(4, 300, 1000, 1200, 16, 40, 400, 200, 64, 20, 15, 32, 64),
-        "robot": Size(6, 40, 600, 800, 16, 40, 0, 200, 100, 12, 12, 64, 128),
-    },
+    "default": {"classic": CLASSIC, "robot": ROBOT},
 }
 
 
@@ -264,11 +323,29 @@ def some_tasks(run: Run, data: Transitions, generator: torch.Generator) -> tuple
     return begin, window, tuple(leaf[rows, : begin + window + size.after] for leaf in data)
 
 
-def losses_of(run: Run, model: nn.Module, scales: DynamicsScales, params: Any, task: Any, at: Any, inner: Any) -> Any:
+def inner_steps(run: Run, rates: Any) -> GradientTransformation:
+    """Gradient descent with a rate for every tensor, or every element."""
+    steps = scale_by_learning_rates(rates)
+    return steps if run.size.clip is None else torchopt.chain(clip_by_global_norm(run.size.clip), steps)
+
+
+def losses_of(run: Run, model: nn.Module, scales: DynamicsScales, params: Any, task: Any, at: Any, rates: Any) -> Any:
+    """Before and after adaptation of those of the parameters that have a rate."""
     begin, window = at
-    episode = Transitions(*(leaf[None] for leaf in task))
-    settings = {"begin": begin, "window": window, "horizon": run.size.ahead, "num_steps": NUM_STEPS}
-    return adaptive_planning_loss(model, run.step(model, scales), scales, params, episode, optimizer=inner, **settings)
+    mine = {name: params[name] for name in rates}
+    return adaptive_planning_loss(
+        model,
+        run.step(model, scales),
+        scales,
+        mine,
+        Transitions(*(leaf[None] for leaf in task)),
+        begin=begin,
+        window=window,
+        horizon=run.size.ahead,
+        optimizer=inner_steps(run, rates),
+        num_steps=NUM_STEPS,
+        shared={name: value for name, value in params.items() if name not in rates},
+    )
 
 
 def meta_trained(
@@ -276,12 +353,13 @@ def meta_trained(
 ) -> dict[str, Any]:
     """MAML with learned rates, whose loss has the model before it adapts with a weight."""
     params = dict(model.named_parameters())
-    rates = learning_rates(params, 0.01, per_element=True)
+    mine = {name: params[name] for name in select(model, run.size.adapted)}
+    rates = learning_rates(mine, run.size.rate, per_element=run.size.per_element)
     optimizer = torch.optim.Adam([*params.values(), *rates.values()])
     generator, at = torch.Generator().manual_seed(run.seed), (0, 0)
 
     def loss(meta: Any, task: Any) -> Tensor:
-        found = losses_of(run, model, scales, meta["params"], task, at, scale_by_learning_rates(meta["rates"]))
+        found = losses_of(run, model, scales, meta["params"], task, at, meta["rates"])
         total: Tensor = unadapted * found.unadapted + found.adapted
         return total
 
@@ -295,21 +373,24 @@ def meta_trained(
     return {"model": model.state_dict(), "rates": {name: rate.detach() for name, rate in rates.items()}}
 
 
-def best_rate(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> float:
+def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Tensor]:
     """The rate at which gradient steps help a model most that was not meta-trained for them, on the training tasks."""
     params = {name: p.detach() for name, p in model.named_parameters()}
+    mine = select(model, run.size.adapted)
     generator = torch.Generator().manual_seed(run.seed)
     batches = [some_tasks(run, data, generator) for _ in range(8)]
 
+    def rates(rate: float) -> dict[str, Tensor]:
+        return {name: torch.tensor(rate) for name in mine}
+
     def loss(rate: float) -> float:
-        inner = scale_by_learning_rates({name: p.new_tensor(rate) for name, p in params.items()})
         found = [
-            vmap(lambda *task, at=at: losses_of(run, model, scales, params, task, at, inner).adapted)(*tasks).mean()
+            vmap(lambda *task, at=at: losses_of(run, model, scales, params, task, at, rates(rate)).adapted)(*tasks)
             for *at, tasks in batches
         ]
         return float(torch.stack(found).mean().nan_to_num(nan=math.inf))
 
-    return min(RATES, key=loss)
+    return rates(min(RATES, key=loss))
 
 
 # What is not meta-trained, and how good predictions are
@@ -336,15 +417,15 @@ def fitted(run: Run, model: nn.Module, scales: DynamicsScales, tasks: Sequence[T
 
 
 def errors_ahead(
-    run: Run, model: nn.Module, scales: DynamicsScales, inner: GradientTransformation, data: Transitions
+    run: Run, model: nn.Module, scales: DynamicsScales, rates: Any, data: Transitions
 ) -> tuple[Tensor, Tensor]:
     """Mean squared errors of open-loop predictions after full windows, before and after adapting to them, (N,) each.
 
     As with a guard, steps that make the window's own loss larger, or not finite, do not stand.
     """
-    params = {name: p.detach() for name, p in model.named_parameters()}
     window, ahead = run.size.windows[-1], run.size.ahead
-    step = run.step(model, scales)
+    params = {name: p.detach() for name, p in model.named_parameters() if name in rates}
+    step, inner = run.step(model, scales), inner_steps(run, rates)
 
     def at(begin: int, *task: Tensor) -> tuple[Tensor, Tensor]:
         episode = Transitions(*(leaf[None] for leaf in task))
