@@ -272,7 +272,7 @@ def rate_at(update: int, total: int, peak: float) -> float:
 def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, updates: int, seed: int) -> None:
     """Train a model on whole episodes, to be planned with."""
     step, params, ahead = run.step(model, scales), dict(model.named_parameters()), run.size.ahead
-    generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(model.parameters())
+    generator, optimizer, left_out = torch.Generator().manual_seed(seed), torch.optim.Adam(model.parameters()), 0
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(update, updates, 2e-3)
@@ -282,8 +282,15 @@ def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions,
         loss = planning_loss(model, step, scales, params, None, episodes, starts=starts, horizon=ahead)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        # Where predictions run away in the batch, there is no direction to go in: the step is left out.
+        if bool(torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 1.0))):
+            optimizer.step()
+        else:
+            left_out += 1
+    if left_out:
+        print(
+            f"{run.folder}: {left_out} of {updates} training steps had no finite gradient and were left out", flush=True
+        )
 
 
 def scales_of(run: Run, data: Any) -> DynamicsScales:

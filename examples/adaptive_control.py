@@ -234,7 +234,7 @@ def train(model, scales, data, updates, generator, label):
             loss = planning_loss(model, step, scales, params, None, episodes, starts=starts, horizon=AHEAD)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
