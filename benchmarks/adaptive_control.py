@@ -17,7 +17,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +48,7 @@ from torch.func import vmap
 import ssmrl
 from ssmrl import AdaptationConfig
 from ssmrl.adaptation import Guard, Window
+from ssmrl.checkpoint import load_checkpoint
 from ssmrl.core import functional_forward
 from ssmrl.env_runner import derive_seed, rollout
 from ssmrl.meta_rl import AdaptiveControl, DynamicsScales, Planner, Transitions, dynamics_data, student_t_interval
@@ -163,7 +164,7 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
     def perceptron() -> Any:
         torch.manual_seed(run.seed)
         model = run.stateless()
-        train(run, model, scales, data, 3 * run.size.updates, derive_seed(run.seed, 3))
+        train(run, model, scales, data, (run.size.rounds + 2) * run.size.updates, derive_seed(run.seed, 3))
         return meta_trained(run, model, scales, data, 1.0)
 
     makers: dict[str, Any] = {
@@ -220,12 +221,15 @@ def run_seed(name: str, seed: int, size_name: str, runs: str) -> dict[str, Any]:
     """What every way got: returns (groups, N), rewards after changes, errors of predictions."""
     torch.set_num_threads(1)
     run, size = run_of(name, seed, size_name, runs), size_of(name, size_name)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run.open()
     key, tasks, later, changes = derive_seed(seed, 1), [], [], []
     for group, (label, splits) in enumerate(GROUPS.items()):
         for n in range(size.test_tasks):
             first, second = (run.system.task(key, 1000 * (2 * group + k) + n, split) for k, split in enumerate(splits))
-            changing = label in CHANGING
+            changing, again = label in CHANGING, 0
+            while second == first and changing:  # of a few tasks, the same one
+                again += 1
+                second = run.system.task(derive_seed(key, again), n, splits[1])
             tasks.append(first)
             later.append(second if changing else first)
             changes.append({size.episode // 2: second} if changing else None)
@@ -234,16 +238,19 @@ def run_seed(name: str, seed: int, size_name: str, runs: str) -> dict[str, Any]:
         path = run.folder / f"{way}.json"
         if not path.exists():
             began = time.perf_counter()
-            path.write_text(json.dumps(tried(run, make(), tasks, changes, key)))
+            result = json.dumps(tried(run, make, tasks, changes, key))
+            path.with_suffix(".new").write_text(result)
+            path.with_suffix(".new").replace(path)
             print(f"{path}: {time.perf_counter() - began:.0f} s", flush=True)
         found[way] = json.loads(path.read_text())
     return found
 
 
-def tried(run: Run, way: Way, tasks: list[Task], changes: list[Any], seed: int) -> dict[str, Any]:
-    """Returns and rewards of a way; of one that ran away, what there is to say of it."""
+def tried(run: Run, make: Callable[[], Way], tasks: list[Task], changes: list[Any], seed: int) -> dict[str, Any]:
+    """Returns and rewards of a way; of one that ran away, in training or in use, what there is to say of it."""
     try:
-        record, reward = run.episodes(way.policy, tasks, seed, changes)
+        way = make()
+        record, reward, state = run.episodes(way.policy, tasks, seed, changes)
     except FloatingPointError as error:
         return {"failed": str(error)}
     middle, number = run.size.episode // 2, run.size.test_tasks
@@ -254,7 +261,7 @@ def tried(run: Run, way: Way, tasks: list[Task], changes: list[Any], seed: int) 
     around = [reward[g, :, middle - 25 :].mean(0).tolist() for g, label in enumerate(GROUPS) if label in CHANGING]
     found = {"returns": rounded(returns.tolist(), 2), "rewards from 25 steps before a change on": rounded(around, 4)}
     if isinstance(way.policy, AdaptiveControl) and way.policy.adapter is not None:
-        found["restarts"] = way.policy.restarts.tolist()
+        found["restarts"] = state.restarts.tolist()
     if way.adapting is not None:
         still = Transitions(*(leaf[: 2 * number] for leaf in record))
         before, after = errors_ahead(run, *way.adapting, still)
@@ -268,6 +275,8 @@ def film(name: str, seed: int, size_name: str, runs: Path) -> None:
     run = run_of(name, seed, size_name, str(runs))
     if run.system.filmed is None:
         raise ValueError(f"--video needs one of the robots; got {name!r}.")
+    if load_checkpoint(run.folder / "meta") is None:
+        raise ValueError(f"--video needs the models of seed {seed}; there are none in {run.folder}.")
     key = derive_seed(seed, 1)
     for group, split in (("in range", "train"), ("outside", "test")):
         task = run.system.task(key, 1000 * 2 * [*GROUPS].index(group), split)
@@ -289,9 +298,11 @@ def rounded(values: Any, digits: int) -> Any:
 def put_together(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean returns with intervals over seeds, what every way has less than ours, and shares of the gap closed."""
     found: dict[str, Any] = {}
+    failures = {way: sum("failed" in run[way] for run in runs) for way in runs[0]}
+    if failures[OURS]:
+        raise RuntimeError(f"{OURS} ran away with {failures[OURS]} of {len(runs)} seeds: there is nothing to compare.")
     ours = torch.tensor([run[OURS]["returns"] for run in runs])  # (seeds, groups, N)
-    for way in runs[0]:
-        failed = sum("failed" in run[way] for run in runs)
+    for way, failed in failures.items():
         if failed:
             found[way] = {"failed": failed}
             continue
@@ -300,7 +311,7 @@ def put_together(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if "errors ahead" in runs[0][way]:
             errors = {key: torch.tensor([run[way]["errors ahead"][key] for run in runs]) for key in ("before", "after")}
             found[way]["error ahead, after / before"] = interval((errors["after"] / errors["before"])[..., None])
-    if "true physics" in found and "hidden state alone" in found and "failed" not in found["hidden state alone"]:
+    if all("return" in found.get(way, {}) for way in ("hidden state alone", "true physics")):
         worst, best = (torch.tensor(found[way]["return"][0]) for way in ("hidden state alone", "true physics"))
         found[OURS]["of the gap from hidden state alone to true physics"] = (
             (torch.tensor(found[OURS]["return"][0]) - worst) / (best - worst)
@@ -365,7 +376,7 @@ def main(arguments: Arguments) -> None:
         for seed in arguments.seeds:
             film(name, seed, arguments.size, arguments.runs)
         return
-    settings = json.loads(json.dumps({**asdict(size_of(name, arguments.size)), "steps": NUM_STEPS}))
+    settings = run_of(name, 0, arguments.size, str(arguments.runs)).settings
     made: dict[str, Any] = {}
     if path.exists():
         record = json.loads(path.read_text())
@@ -385,7 +396,9 @@ def main(arguments: Arguments) -> None:
     record = {
         "report": report,
         "groups": [*GROUPS],
-        "command": f"python benchmarks/adaptive_control.py {name} --seeds {' '.join(made)}",
+        "command": f"python benchmarks/adaptive_control.py {name} --seeds {' '.join(made)}"
+        + ("" if arguments.size == "default" else f" --size {arguments.size}"),
+        "machine": f"{platform.machine()}, 2 cores",
         "settings": settings,
         "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "seeds": made,

@@ -171,26 +171,35 @@ def filmed_robot(name: str, task: Task, episode: int, seed: int, folder: str, ti
 
     def make() -> gymnasium.Env[Any, Any]:
         env = gymnasium.make(f"ssmrl/{name}-v5", render_mode="rgb_array", **ROBOTS[name], **task)
-        return gymnasium.wrappers.RecordVideo(env, folder, name_prefix=title)
+        return gymnasium.wrappers.RecordVideo(env, folder, name_prefix=title, episode_trigger=lambda n: n == 0)
 
     return Environment([make], seed=seed, max_episode_steps=episode, autoreset_mode="Disabled")
 
 
+LIMIT = 40.0
+"""No position or velocity of a robot is seen beyond ±40; a model that runs away is."""
+
+
+def beyond(following: Tensor) -> Tensor:
+    """A cost of 100 where a prediction is at the limit, so that no plan goes there."""
+    return 100.0 * (following.abs().amax(-1) >= LIMIT)
+
+
 def cheetah_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """0.1 ‖a‖² less the velocity at the end of the step; Gymnasium's reward has the mean velocity over the step."""
-    return 0.1 * action.square().sum(-1) - following[:, 8]
+    return 0.1 * action.square().sum(-1) - following[:, 8] + beyond(following)
 
 
 def ant_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """0.5 ‖a‖² less the velocity at the end of the step, and what an ant has for a height between 0.2 and 1."""
     height = following[:, 0]
     upright = torch.sigmoid(20 * (height - 0.2)) * torch.sigmoid(20 * (1.0 - height))
-    return 0.5 * action.square().sum(-1) - following[:, 13] - upright
+    return 0.5 * action.square().sum(-1) - following[:, 13] - upright + beyond(following)
 
 
 def bounded(observation: Tensor) -> Tensor:
-    """No position or velocity that is seen is beyond ±40; a model that runs away is."""
-    return observation.clamp(-40.0, 40.0)
+    """Bring a prediction into the limits."""
+    return observation.clamp(-LIMIT, LIMIT)
 
 
 def cheetah_gravity(generator: np.random.Generator, split: str) -> Task:

@@ -5,10 +5,11 @@ Letters: N streams or tasks, T steps of an episode, D the size of an observation
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ __all__ = [
 
 NUM_STEPS = 3
 """Gradient steps at every step of the environment, from the meta-trained weights."""
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """To choose from, for the model that is not meta-trained."""
 
 
@@ -70,7 +71,7 @@ class Size:
     """Of the model after every round, three times as many after the last."""
     meta_updates: int
     batch: int
-    """Tasks of a meta-update."""
+    """Tasks of a meta-update; an update of the model has half as many episodes more."""
     test_tasks: int
     """Of every group."""
     own_steps: int
@@ -174,6 +175,26 @@ class Run:
     size: Size
     folder: Path
 
+    def open(self) -> None:
+        """Make the folder; what was made there with other settings is not gone on with.
+
+        Raises:
+            ValueError: the settings of the folder differ.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, settings = self.folder / "settings.json", json.dumps(self.settings)
+        if path.exists() and path.read_text() != settings:
+            raise ValueError(f"{self.folder} is of other settings than {settings}; move it away: {path.read_text()}")
+        path.write_text(settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that results depend on, as JSON has it."""
+        found: dict[str, Any] = json.loads(
+            json.dumps({**asdict(self.size), "steps": NUM_STEPS, "rates to choose": RATES})
+        )
+        return found
+
     def planner(self, step: Any) -> Planner:
         size = self.size
         return Planner(
@@ -198,11 +219,12 @@ class Run:
         )
 
     def episodes(self, policy: Any, tasks: Sequence[Task], seed: int, changes: Sequence[Any] | None = None) -> Any:
-        """An episode of every task: what happened, and the rewards (N, T)."""
+        """An episode of every task: what happened, the rewards (N, T), and the state of the policy after it."""
         changes = [None] * len(tasks) if changes is None else changes
         with self.system.environment(tasks, changes, self.size.episode, seed) as environment:
-            record, _ = rollout(policy, environment, self.size.episode)
-        return Transitions(record.observation, record.action, record.next_observation), record.reward
+            record, carry = rollout(policy, environment, self.size.episode)
+        transitions = Transitions(record.observation, record.action, record.next_observation)
+        return transitions, record.reward, carry.hidden_state
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returns, from its checkpoint if it was made before."""
@@ -308,7 +330,7 @@ def aggregated(run: Run) -> dict[str, Any]:
         policy = random_actions(run, seed)
         if scales is not None:
             policy = exploring(run, run.control(model, scales, seed), seed)
-        new, reward = run.episodes(policy, tasks, seed)
+        new, reward, _ = run.episodes(policy, tasks, seed)
         print(f"{run.folder} round {r}: mean return {reward.sum(1).mean():.0f}", flush=True)
         data = new if data is None else Transitions(*map(torch.cat, zip(data, new, strict=True)))
         scales = scales_of(run, data)
@@ -391,11 +413,12 @@ def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transit
         return {name: torch.tensor(rate) for name in mine}
 
     def loss(rate: float) -> float:
-        found = [
-            vmap(lambda *task, at=at: losses_of(run, model, scales, params, task, at, rates(rate)).adapted)(*tasks)
-            for *at, tasks in batches
-        ]
-        return float(torch.stack(found).mean().nan_to_num(nan=math.inf))
+        total = 0.0
+        for *at, tasks in batches:
+            found = vmap(lambda *task, at=at: losses_of(run, model, scales, params, task, at, rates(rate)))(*tasks)
+            # As a guard would have it: where a model runs away, it stays as it was.
+            total += float(torch.where(found.adapted < 10 * found.unadapted, found.adapted, found.unadapted).mean())
+        return total
 
     return rates(min(RATES, key=loss))
 

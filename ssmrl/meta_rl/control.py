@@ -27,6 +27,8 @@ class ControlState(NamedTuple):
     """As the model sees it, (N, A): a discrete one is one-hot."""
     began: Tensor
     """Bool (N,), an episode began at the observation."""
+    restarts: Tensor
+    """Int64 (N,), how often the stream began anew because its adapted model had run away."""
 
 
 class AdaptiveControl:
@@ -43,7 +45,7 @@ class AdaptiveControl:
     weights are not: physics go on, and if they do not, `adapter.reset` is the caller's to use.
 
     A stream whose adapted model has run away, so that no candidate has a finite cost, begins anew too, weights at the
-    anchor, hidden state and plan, and plans again; `restarts` counts how often.
+    anchor, hidden state and plan, and plans again; `ControlState.restarts` counts how often.
 
     Args:
         planner: with the `model_step` of the same model and scales.
@@ -52,9 +54,6 @@ class AdaptiveControl:
         adapter: adapts the same model, N streams, with a loss on (prediction, y) of `dynamics_data`. None: the model
             stays as it is, and its hidden state alone identifies the system.
         generator: of the planner's noise.
-
-    Attributes:
-        restarts: Int64 (N,), None before the first call.
 
     Raises:
         ValueError: `adapter` adapts another model.
@@ -73,7 +72,6 @@ class AdaptiveControl:
             raise ValueError("adapter must adapt the same model object that is planned with.")
         self.planner, self.model, self.scales = planner, model, scales
         self.adapter, self.generator = adapter, generator
-        self.restarts: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, observation: Tensor, state: ControlState | None, reset: Tensor) -> tuple[Tensor, ControlState]:
@@ -84,26 +82,25 @@ class AdaptiveControl:
                 the anchor's weights either.
         """
         number = len(observation)
-        if self.restarts is None:
-            self.restarts = torch.zeros(number, dtype=torch.int64, device=observation.device)
         if state is None:
+            restarts = torch.zeros(number, dtype=torch.int64, device=observation.device)
             fresh = initial_state(self.model, number)
             hidden, plan = () if fresh is None else fresh, self.planner.init(number)
         else:
-            hidden, plan = self._learn(observation, state, reset), state.plan
+            hidden, plan, restarts = self._learn(observation, state, reset), state.plan, state.restarts
         noise = self.planner.noise(number, self.generator)
         decision = self._decide(hidden, observation, plan, noise, reset)
         lost = ~torch.isfinite(decision.cost)
         if self.adapter is not None and bool(lost.any()):
             self.adapter.reset(lost)
-            self.restarts += lost
+            restarts = restarts + lost
             hidden = self._begun_anew(hidden, lost)
             decision = self._decide(hidden, observation, plan, noise, reset | lost)
         decision.check()
         action = seen = decision.action
         if not action.is_floating_point():
             seen = torch.nn.functional.one_hot(action, self.planner.actions.size).to(observation.dtype)
-        return action, ControlState(hidden, decision.plan, observation, seen, reset)
+        return action, ControlState(hidden, decision.plan, observation, seen, reset, restarts)
 
     def _decide(self, hidden: Any, observation: Tensor, plan: Any, noise: Tensor, reset: Tensor) -> Decision:
         params, shared = self._weights(len(observation))

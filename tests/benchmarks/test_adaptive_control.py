@@ -55,9 +55,21 @@ def test_the_share_of_the_gap_and_the_errors_ahead(study):
 def test_of_a_change_only_what_comes_after_it_counts(study):
     size = replace(study.SIZES["tiny"]["classic"], episode=4, test_tasks=1)
     reward = torch.arange(16.0).view(4, 4)  # four groups of one task, four steps
-    run = SimpleNamespace(size=size, episodes=lambda *_: (None, reward))
-    found = study.tried(run, study.Way(None), [], [], 0)
+    run = SimpleNamespace(size=size, episodes=lambda *_: (None, reward, None))
+    found = study.tried(run, lambda: study.Way(None), [], [], 0)
     assert found["returns"] == [[0.0 + 1 + 2 + 3], [4.0 + 5 + 6 + 7], [10.0 + 11], [14.0 + 15]]
+
+
+def test_without_ours_there_is_nothing_to_compare(study):
+    with pytest.raises(RuntimeError, match="ran away with 1 of 1 seeds"):
+        study.put_together([{study.OURS: {"failed": "stream 3"}, "other": result([[1.0]])}])
+
+
+def test_what_runs_away_in_training_is_told_and_not_raised(study):
+    def make():
+        raise FloatingPointError("not finite")
+
+    assert study.tried(None, make, [], [], 0) == {"failed": "not finite"}
 
 
 def call(tmp_path, system, *seeds):

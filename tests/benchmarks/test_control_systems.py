@@ -84,7 +84,9 @@ def test_the_examples_equations_are_gymnasiums(example, seed):
     assert all(2.0 <= factor <= 3.0 for factor in factors)
 
 
-@pytest.mark.parametrize("name", ["pendulum", "cheetah_joint", "cheetah_gravity", "cheetah_mass"])
+@pytest.mark.parametrize(
+    "name", ["pendulum", "cartpole", "cheetah_joint", "cheetah_gravity", "cheetah_mass", "ant_leg"]
+)
 def test_physics_of_the_test_are_outside_of_the_training(control_systems, name):
     system = control_systems.SYSTEMS[name]
     train, test = ([system.task(0, n, split) for n in range(50)] for split in ("train", "test"))
@@ -93,16 +95,26 @@ def test_physics_of_the_test_are_outside_of_the_training(control_systems, name):
         assert all(not min(inside) <= value <= max(inside) for value in outside)
 
 
-def test_the_cheetahs_cost_is_its_reward_up_to_the_velocity_within_a_step(control_systems):
+@pytest.mark.parametrize(("name", "velocity"), [("cheetah_joint", 8), ("ant_leg", 13)])
+def test_the_cost_of_a_robot_is_its_control_and_its_velocity(control_systems, name, velocity):
     pytest.importorskip("mujoco")
-    system = control_systems.SYSTEMS["cheetah_joint"]
-    with system.environment([{"disabled": 2}] * 3, [None, None, {5: {"disabled": 0}}], 20, 0) as environment:
+    system = control_systems.SYSTEMS[name]
+    task = system.task(0, 0, "train")
+    with system.environment([task] * 2, [None] * 2, 20, 0) as environment:
         observation, _ = environment.reset(seed=0)
         environment.action_space.seed(0)
-        for _ in range(10):
+        for _ in range(5):
             action = environment.action_space.sample()
-            after, reward, *_ = environment.step(action)
-            effective = torch.as_tensor(action)
-            price = system.cost(*(torch.as_tensor(v) for v in (observation, effective, after)))
-            assert torch.allclose(-price.double(), torch.as_tensor(reward).double(), atol=1.5)
+            action[:, list(task["disabled"]) if name == "ant_leg" else task["disabled"]] = 0.0
+            after, _, _, _, info = environment.step(action)
+            o, a, n = (torch.as_tensor(value, dtype=torch.float64) for value in (observation, action, after))
+            expected = -torch.as_tensor(info["reward_ctrl"], dtype=torch.float64) - n[:, velocity]
+            if name == "ant_leg":
+                expected -= torch.sigmoid(20 * (n[:, 0] - 0.2)) * torch.sigmoid(20 * (1.0 - n[:, 0]))
+            torch.testing.assert_close(system.cost(o, a, n), expected, rtol=1e-5, atol=1e-5)
+            # It is forwards that is paid for: where the robot got to is what it is about to run, on average.
+            assert abs(info["x_velocity"] - after[:, velocity]).max() < 3.0
             observation = after
+    away = n.clone()
+    away[:, 0] = 41.0
+    assert (system.cost(o, a, system.project(away)) > 90.0).all()

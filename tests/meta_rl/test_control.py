@@ -120,11 +120,11 @@ def test_a_stream_that_ran_away_begins_anew_and_is_counted():
     state: Any = None
     for t in range(3):
         _, state = policy(seen[t], state, FIRST if t == 0 else NO)
-    assert policy.restarts.tolist() == [0, 0, 0]
+    assert state.restarts.tolist() == [0, 0, 0]
     hidden = state.hidden_state.clone()
     hidden[1] = torch.inf
     action, state = policy(seen[3], state._replace(hidden_state=hidden), NO)
-    assert policy.restarts.tolist() == [0, 1, 0]
+    assert state.restarts.tolist() == [0, 1, 0]
     assert torch.isfinite(action).all()
     assert torch.equal(state.hidden_state[1], model.init_hidden(1)[0])
     for name, value in adapter.in_use()[0].items():

@@ -1,0 +1,76 @@
+"""The training of the study of adaptive control: what its numbers mean, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssmrl.meta_rl import Transitions
+
+
+@pytest.fixture(scope="module")
+def training() -> Any:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    try:
+        yield importlib.import_module("control_training")
+    finally:
+        sys.path.pop(0)
+
+
+def parts(training, tmp_path, kind="classic"):
+    size = replace(training.SIZES["tiny"][kind], windows=(4, 8), after=6, ahead=3, episode=24)
+    run = training.Run(importlib.import_module("control_systems").SYSTEMS["pendulum"], 0, size, tmp_path)
+    torch.manual_seed(0)
+    model = run.recurrent()
+    generator = torch.Generator().manual_seed(0)
+    observation = torch.randn(4, 24, 3, generator=generator)
+    action = torch.rand(4, 24, 1, generator=generator)
+    data = Transitions(observation, action, torch.randn(4, 24, 3, generator=generator))
+    return run, model, training.scales_of(run, data), data
+
+
+def test_without_steps_nothing_gets_better_and_with_them_the_window_does(training, tmp_path):
+    run, model, scales, data = parts(training, tmp_path)
+    names = [name for name, _ in model.named_parameters()]
+    still = {name: torch.tensor(0.0) for name in names}
+    before, after = training.errors_ahead(run, model, scales, still, data)
+    assert before.shape == (4,)
+    torch.testing.assert_close(before, after)
+    before, after = training.errors_ahead(run, model, scales, {name: torch.tensor(0.02) for name in names}, data)
+    assert (before - after).abs().min() > 1e-3
+    wild = {name: torch.tensor(1e6) for name in names}
+    before, after = training.errors_ahead(run, model, scales, wild, data)
+    torch.testing.assert_close(before, after)  # such steps make the window's own loss worse: they do not stand
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_told(training, tmp_path, capsys):
+    run, model, scales, data = parts(training, tmp_path)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    broken = data._replace(action=torch.full_like(data.action, torch.nan))
+    training.train(run, model, scales, broken, 2, 0)
+    assert "2 of 2 training steps" in capsys.readouterr().out
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    training.train(run, model, scales, data, 2, 0)
+    assert not any(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_a_robot_adapts_its_input_layers_with_a_rate_for_every_tensor(training, tmp_path):
+    run, model, scales, data = parts(training, tmp_path, "robot")
+    found = training.meta_trained(run, model, scales, data, 1.0)
+    assert {name.split(".")[0] for name in found["rates"]} == {"state_input", "output_input"}
+    assert all(rate.dim() == 0 for rate in found["rates"].values())
+    assert [*training.best_rates(run, model, scales, data)] == [*found["rates"]]
+
+
+def test_a_folder_of_other_settings_is_refused(training, tmp_path):
+    run, *_ = parts(training, tmp_path)
+    run.open()
+    run.open()
+    with pytest.raises(ValueError, match="is of other settings"):
+        replace(run, size=replace(run.size, horizon=7)).open()
