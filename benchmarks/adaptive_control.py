@@ -27,21 +27,9 @@ import matplotlib as mpl
 import torch
 import torchopt
 import tyro
+from control_run import ADAM, ALLOWANCE, NUM_STEPS, SIZES, Run, Size
 from control_systems import SYSTEMS, Task
-from control_training import (
-    NUM_STEPS,
-    SIZES,
-    Run,
-    Size,
-    aggregated,
-    best_rates,
-    errors_ahead,
-    fitted,
-    inner_steps,
-    meta_trained,
-    scales_of,
-    train,
-)
+from control_training import aggregated, best_rates, errors_ahead, fitted, inner_steps, meta_trained, scales_of, train
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -152,7 +140,7 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
     hidden.load_state_dict(found["model"])
     window = Window(run.size.windows[-1], minimum=run.size.windows[0])
     adapts = partial(
-        AdaptationConfig, adapted=run.size.adapted, num_steps=NUM_STEPS, window=window, guard=Guard(allowance=0.3)
+        AdaptationConfig, adapted=run.size.adapted, num_steps=NUM_STEPS, window=window, guard=Guard(allowance=ALLOWANCE)
     )
     control = partial(run.control, scales=scales, seed=seed, number=len(tasks))
 
@@ -197,9 +185,7 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
         "meta-trained, not adapting": lambda: learned("meta", adapting=False),
         "hidden state alone": lambda: Way(control(hidden)),
         "not meta-trained, the same steps": the_same_steps,
-        "not meta-trained, Adam carried on": lambda: Way(
-            control(hidden, config=adapts(optimizer=torchopt.adam(0.003)))
-        ),
+        "not meta-trained, Adam carried on": lambda: Way(control(hidden, config=adapts(optimizer=torchopt.adam(ADAM)))),
         "ReBAL": lambda: learned("rebal", adapting=True),
         "GrBAL, an MLP": lambda: learned("mlp", adapting=True),
         "GrBAL, an MLP, not adapting": lambda: learned("mlp", adapting=False),

@@ -24,7 +24,8 @@ def training() -> Any:
 
 
 def parts(training, tmp_path, kind="classic"):
-    size = replace(training.SIZES["tiny"][kind], windows=(4, 8), after=6, ahead=3, episode=24)
+    sizes = importlib.import_module("control_run").SIZES["tiny"]
+    size = replace(sizes[kind], windows=(4, 8), after=6, ahead=3, episode=24)
     run = training.Run(importlib.import_module("control_systems").SYSTEMS["pendulum"], 0, size, tmp_path)
     torch.manual_seed(0)
     model = run.recurrent()
