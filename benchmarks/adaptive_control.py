@@ -266,8 +266,9 @@ def film(name: str, seed: int, size_name: str, runs: Path) -> None:
     key = derive_seed(seed, 1)
     for group, split in (("in range", "train"), ("outside", "test")):
         task = run.system.task(key, 1000 * 2 * [*GROUPS].index(group), split)
+        ways = ways_of(run, [task], [task], key)
         for way in (OURS, "hidden state alone"):
-            policy = ways_of(run, [task], [task], key)[way]().policy
+            policy = ways[way]().policy
             title = f"{name} {group} {way}".replace(" ", "_").replace(",", "")
             with run.system.filmed(task, run.size.episode, key, str(run.folder), title) as environment:
                 record, _ = rollout(policy, environment, run.size.episode)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmrl.adaptation.streams import StreamAdapter
-from ssmrl.adaptation.tree import is_there, tree_map
-from ssmrl.core.base import functional_forward, initial_state
+from ssmrl.adaptation.tree import is_there
+from ssmrl.core.base import functional_forward, initial_state, where_rows
 from ssmrl.meta_rl.dynamics import DynamicsScales, dynamics_data
 from ssmrl.meta_rl.planning import Decision, Planner
 
@@ -124,7 +124,7 @@ class AdaptiveControl:
         fresh = initial_state(self.model, len(rows))
         if fresh is None:
             return hidden
-        return tree_map(lambda a, b: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), fresh, hidden)
+        return where_rows(rows, fresh, hidden)
 
     def _weights(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.adapter is not None:

@@ -17,6 +17,7 @@ from torch.func import vmap
 from ssmrl.adaptation.optim import check_num_steps
 from ssmrl.adaptation.trace import Traced, check_compile
 from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
+from ssmrl.core.base import where_rows
 from ssmrl.meta_rl.action_sequences import ActionSpace
 
 __all__ = ["Decision", "Planned", "Planner", "Step", "cem", "mppi", "random_shooting", "sequence_costs"]
@@ -283,8 +284,7 @@ class Planner:
         hidden_state = hidden_state if is_there(hidden_state) else ()
         self._check(params, hidden_state, observation, plan, noise, reset)
         if reset is not None and bool(reset.any()):
-            fresh = self.init(len(observation))
-            plan = tree_map(lambda a, b: torch.where(reset.view(-1, *[1] * (a.dim() - 1)), a, b), fresh, plan)
+            plan = where_rows(reset, self.init(len(observation)), plan)
         mine = (dict(params), hidden_state, observation, plan, noise)
         size = self.chunk_size or len(observation)
         pieces = []
