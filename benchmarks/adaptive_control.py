@@ -17,7 +17,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +27,7 @@ import matplotlib as mpl
 import torch
 import torchopt
 import tyro
-from control_run import ADAM, ALLOWANCE, NUM_STEPS, SIZES, Run, Size
+from control_run import ADAM, ALLOWANCE, FIXED, SIZES, Run, Size, as_published
 from control_systems import SYSTEMS, Task
 from control_training import aggregated, best_rates, errors_ahead, fitted, inner_steps, meta_trained, scales_of, train
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch.func import vmap
 
 import ssmrl
 from ssmrl import AdaptationConfig
-from ssmrl.adaptation import Guard, Window
+from ssmrl.adaptation import Guard, Window, select
 from ssmrl.checkpoint import load_checkpoint
 from ssmrl.core import functional_forward
 from ssmrl.env_runner import derive_seed, rollout
@@ -126,10 +126,12 @@ def on_its_own_model(
 
 @dataclass(frozen=True)
 class Way:
-    """A policy, and where it is of interest how its predictions get better: the model, its scales, its rates."""
+    """A policy, and where its predictions are of interest what `errors_ahead` needs for them."""
 
     policy: Any
-    adapting: tuple[nn.Module, DynamicsScales, Any] | None = None
+    adapting: tuple[Run, nn.Module, DynamicsScales, Any] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Goes into the results."""
 
 
 def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[str, Callable[[], Way]]:
@@ -139,9 +141,7 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
     hidden = run.recurrent()
     hidden.load_state_dict(found["model"])
     window = Window(run.size.windows[-1], minimum=run.size.windows[0])
-    adapts = partial(
-        AdaptationConfig, adapted=run.size.adapted, num_steps=NUM_STEPS, window=window, guard=Guard(allowance=ALLOWANCE)
-    )
+    adapts = partial(AdaptationConfig, adapted=run.size.adapted, window=window, guard=Guard(allowance=ALLOWANCE))
     control = partial(run.control, scales=scales, seed=seed, number=len(tasks))
 
     def start(make: Callable[[], nn.Module], weights: Any) -> nn.Module:
@@ -153,28 +153,40 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
         torch.manual_seed(run.seed)
         model = run.stateless()
         train(run, model, scales, data, (run.size.rounds + 2) * run.size.updates, derive_seed(run.seed, 3))
-        return meta_trained(run, model, scales, data, 1.0)
+        return meta_trained(run, model, scales, data)
 
+    def recurrent(run: Run) -> Any:
+        return meta_trained(run, start(run.recurrent, found["model"]), scales, data)
+
+    published = replace(run, size=as_published(run.size))
     makers: dict[str, Any] = {
-        "meta": (run.recurrent, lambda: meta_trained(run, start(run.recurrent, found["model"]), scales, data, 1.0)),
-        "rebal": (run.recurrent, lambda: meta_trained(run, start(run.recurrent, found["model"]), scales, data, 0.0)),
-        "mlp": (run.stateless, perceptron),
+        "meta": (run.recurrent, run.size.steps, partial(recurrent, run)),
+        "rebal": (run.recurrent, published.size.steps, partial(recurrent, published)),
+        "mlp": (run.stateless, run.size.steps, perceptron),
     }
 
     def learned(name: str, *, adapting: bool) -> Way:
-        make, trained = makers[name]
+        make, steps, trained = makers[name]
         weights = run.once(name, trained)
         model = start(make, weights["model"])
         if not adapting:
             return Way(control(model))
-        return by_steps(model, weights["rates"])
+        return by_steps(model, weights["rates"], steps)
 
-    def by_steps(model: nn.Module, rates: dict[str, Tensor]) -> Way:
-        config = adapts(optimizer=inner_steps(run, rates), from_anchor=True)
-        return Way(control(model, config=config), (model, scales, rates))
+    def by_steps(model: nn.Module, rates: dict[str, Tensor], steps: int = run.size.steps, **notes: Any) -> Way:
+        config = adapts(optimizer=inner_steps(run, rates), num_steps=steps, from_anchor=True)
+        its_run = replace(run, size=replace(run.size, steps=steps))
+        return Way(control(model, config=config), (its_run, model, scales, rates), notes)
 
-    def the_same_steps() -> Way:
-        return by_steps(hidden, run.once("rates", lambda: best_rates(run, hidden, scales, data)))
+    def at_the_best_rate() -> Way:
+        chosen = run.once("rates", lambda: best_rates(run, hidden, scales, data))
+        return by_steps(hidden, **chosen)
+
+    def at_a_fixed_rate() -> Way:
+        return by_steps(hidden, {name: torch.tensor(FIXED) for name in select(hidden, run.size.adapted)})
+
+    def with_adam() -> Way:
+        return Way(control(hidden, config=adapts(optimizer=torchopt.adam(ADAM), num_steps=run.size.steps)))
 
     ways: dict[str, Callable[[], Way]] = {}
     if run.system.true_step is not None:
@@ -184,9 +196,10 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
         OURS: lambda: learned("meta", adapting=True),
         "meta-trained, not adapting": lambda: learned("meta", adapting=False),
         "hidden state alone": lambda: Way(control(hidden)),
-        "not meta-trained, the same steps": the_same_steps,
-        "not meta-trained, Adam carried on": lambda: Way(control(hidden, config=adapts(optimizer=torchopt.adam(ADAM)))),
-        "ReBAL": lambda: learned("rebal", adapting=True),
+        "not meta-trained, the best rate": at_the_best_rate,
+        "not meta-trained, a fixed rate": at_a_fixed_rate,
+        "not meta-trained, Adam carried on": with_adam,
+        "ReBAL, as published": lambda: learned("rebal", adapting=True),
         "GrBAL, an MLP": lambda: learned("mlp", adapting=True),
         "GrBAL, an MLP, not adapting": lambda: learned("mlp", adapting=False),
     }
@@ -196,7 +209,8 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
 
 
 def size_of(name: str, size_name: str) -> Size:
-    return SIZES[size_name]["robot" if SYSTEMS[name].true_step is None else "classic"]
+    sizes = SIZES[size_name]
+    return sizes.get(name, sizes["robot" if SYSTEMS[name].true_step is None else "classic"])
 
 
 def run_of(name: str, seed: int, size_name: str, runs: str) -> Run:
@@ -246,11 +260,12 @@ def tried(run: Run, make: Callable[[], Way], tasks: list[Task], changes: list[An
     )
     around = [reward[g, :, middle - 25 :].mean(0).tolist() for g, label in enumerate(GROUPS) if label in CHANGING]
     found = {"returns": rounded(returns.tolist(), 2), "rewards from 25 steps before a change on": rounded(around, 4)}
+    found |= way.notes
     if isinstance(way.policy, AdaptiveControl) and way.policy.adapter is not None:
         found["restarts"] = state.restarts.tolist()
     if way.adapting is not None:
         still = Transitions(*(leaf[: 2 * number] for leaf in record))
-        before, after = errors_ahead(run, *way.adapting, still)
+        before, after = errors_ahead(*way.adapting, still)
         errors = {"before": before, "after": after}
         found["errors ahead"] = {key: e.unflatten(0, (2, number)).mean(1).tolist() for key, e in errors.items()}
     return found

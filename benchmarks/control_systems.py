@@ -186,8 +186,14 @@ def beyond(following: Tensor) -> Tensor:
 
 
 def cheetah_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
-    """0.1 ‖a‖² less the velocity at the end of the step; Gymnasium's reward has the mean velocity over the step."""
-    return 0.1 * action.square().sum(-1) - following[:, 8] + beyond(following)
+    """0.1 ‖a‖² less the velocity at the end of the step, and 5 times the square of a pitch beyond ±0.6.
+
+    Gymnasium's reward has the mean velocity over the step, and nothing of the pitch: without it plans end on the back
+    or the nose, where a cheetah can only crawl. Nagabandi et al. 2018, https://arxiv.org/abs/1708.02596, keep theirs
+    from tilting by penalties on its front leg.
+    """
+    fallen = (following[:, 1].abs() - 0.6).clamp_min(0).square()
+    return 0.1 * action.square().sum(-1) - following[:, 8] + 5 * fallen + beyond(following)
 
 
 def ant_cost(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torchopt
-from control_run import NUM_STEPS, RATES, Run, exploring, random_actions
+from control_run import RATES, Run, exploring, random_actions
 from control_systems import Task
 from torch import Tensor, nn
 from torch.func import vmap
@@ -49,7 +49,7 @@ def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions,
     generator, optimizer, left_out = torch.Generator().manual_seed(seed), torch.optim.Adam(model.parameters()), 0
     for update in range(updates):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(update, updates, 2e-3)
+            group["lr"] = rate_at(update, updates, run.size.peak)
         rows = torch.randint(len(data.action), (3 * run.size.batch // 2,), generator=generator)
         starts = (torch.rand(4, generator=generator) * (run.size.episode - ahead)).long().tolist()
         episodes = Transitions(*(leaf[rows] for leaf in data))
@@ -124,38 +124,42 @@ def losses_of(run: Run, model: nn.Module, scales: DynamicsScales, params: Any, t
         window=window,
         horizon=run.size.ahead,
         optimizer=inner_steps(run, rates),
-        num_steps=NUM_STEPS,
+        num_steps=run.size.steps,
         shared={name: value for name, value in params.items() if name not in rates},
     )
 
 
-def meta_trained(
-    run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, unadapted: float
-) -> dict[str, Any]:
-    """MAML with learned rates, whose loss has the model before it adapts with a weight."""
+def meta_trained(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Any]:
+    """MAML, whose rates may be learned, and whose loss may have the model before it adapts with a weight."""
     params = dict(model.named_parameters())
     mine = {name: params[name] for name in select(model, run.size.adapted)}
     rates = learning_rates(mine, run.size.rate, per_element=run.size.per_element)
-    optimizer = torch.optim.Adam([*params.values(), *rates.values()])
+    if not run.size.learned:
+        rates = tree_map(torch.Tensor.detach, rates)
+    optimizer = torch.optim.Adam([leaf for leaf in (*params.values(), *rates.values()) if leaf.requires_grad])
     generator, at = torch.Generator().manual_seed(run.seed), (0, 0)
 
     def loss(meta: Any, task: Any) -> Tensor:
-        found = losses_of(run, model, scales, meta["params"], task, at, meta["rates"])
-        total: Tensor = unadapted * found.unadapted + found.adapted
+        found = losses_of(run, model, scales, meta["params"], task, at, meta.get("rates", rates))
+        total: Tensor = run.size.unadapted * found.unadapted + found.adapted
         return total
 
-    learner = MetaLearner(loss, {"params": params, "rates": rates}, outer_optimizer=optimizer, max_grad_norm=1.0)
+    meta = {"params": params, "rates": rates} if run.size.learned else {"params": params}
+    learner = MetaLearner(loss, meta, outer_optimizer=optimizer, max_grad_norm=1.0)
     for update in range(run.size.meta_updates):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(update, run.size.meta_updates, 5e-4)
+            group["lr"] = rate_at(update, run.size.meta_updates, run.size.meta_peak)
         begin, window, tasks = some_tasks(run, data, generator)
         at = (begin, window)
         learner.update(tasks)
     return {"model": model.state_dict(), "rates": {name: rate.detach() for name, rate in rates.items()}}
 
 
-def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Tensor]:
-    """The rate at which gradient steps help a model most that was not meta-trained for them, on the training tasks."""
+def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Any]:
+    """The rate at which gradient steps help a model most that was not meta-trained for them, on the training tasks.
+
+    "loss" is that of every rate, over that of no step.
+    """
     params = {name: p.detach() for name, p in model.named_parameters()}
     mine = select(model, run.size.adapted)
     generator = torch.Generator().manual_seed(run.seed)
@@ -172,7 +176,9 @@ def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transit
             total += float(torch.where(found.adapted < 10 * found.unadapted, found.adapted, found.unadapted).mean())
         return total
 
-    return rates(min(RATES, key=loss))
+    none, found = loss(0.0), {rate: loss(rate) for rate in RATES}
+    best = min(found, key=lambda rate: found[rate])
+    return {"rates": rates(best), "rate": best, "loss": {str(rate): value / none for rate, value in found.items()}}
 
 
 # What is not meta-trained, and how good predictions are
@@ -221,7 +227,7 @@ def errors_ahead(
             here = one_step_loss(model, scales, params, state, *past)[1]
             return open_loop_loss(step, scales, params, here, *future)
 
-        found = adapt(loss, params, optimizer=inner, num_steps=NUM_STEPS, first_order=True).params
+        found = adapt(loss, params, optimizer=inner, num_steps=run.size.steps, first_order=True).params
         stands = loss(found) <= loss(params)
         found = tree_map(lambda a, b: torch.where(stands, a, b), found, params)
         return error(params), error(found)

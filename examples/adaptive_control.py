@@ -51,8 +51,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 NOMINAL = {"g": 10.0, "m": 1.0, "l": 1.0}
-WINDOW, NUM_STEPS, AHEAD, AFTER = 32, 3, 15, 24  # of transitions adapted to, gradient steps, and what is judged then
-LENGTHS = (8, 12, 20, 32)  # of the windows of meta-training: an episode begins with short ones
+WINDOW, NUM_STEPS, AHEAD, AFTER = 64, 6, 15, 24  # of transitions adapted to, gradient steps, and what is judged then
+LENGTHS = (8, 16, 32, 64)  # of the windows of meta-training: an episode begins with short ones
 RATES = (0.003, 0.01, 0.03, 0.1)  # to choose from, for the model that is not meta-trained
 TASKS_AT_A_TIME, EPISODES_AT_A_TIME = 16, 24
 EXPLORATION = 0.5  # deviation of the noise on actions in training, of half of the tasks; a fifth of it for the others
@@ -72,7 +72,7 @@ class Size:
     test_tasks: int
 
 
-SIZES = {"tiny": Size(2, 4, 80, 3, 3, 2), "default": Size(4, 200, 200, 1000, 1200, 40)}
+SIZES = {"tiny": Size(2, 4, 100, 3, 3, 2), "default": Size(4, 200, 200, 1000, 1200, 40)}
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def some_tasks(data, generator, number=TASKS_AT_A_TIME):
 
 
 def meta_train(arguments, size, model, scales, data, found, save):
-    """MAML with learned rates: the model has to be good before it adapts, and after. Returns the rates."""
+    """MAML with learned rates, for predictions after the steps alone. Returns the rates."""
     params = dict(model.named_parameters())
     rates = learning_rates(params, 0.01, per_element=True)
     optimizer = torch.optim.Adam([*params.values(), *rates.values()])
@@ -272,14 +272,13 @@ def meta_train(arguments, size, model, scales, data, found, save):
 
     def loss(meta, task):
         inner = scale_by_learning_rates(meta["rates"])
-        losses = losses_of(model, scales, meta["params"], task, *at, inner)
-        return losses.unadapted + losses.adapted
+        return losses_of(model, scales, meta["params"], task, *at, inner).adapted
 
     learner = MetaLearner(loss, {"params": params, "rates": rates}, outer_optimizer=optimizer, max_grad_norm=1.0)
     with tqdm(total=size.meta_updates, initial=begun, desc="meta-training", file=sys.stdout, mininterval=0.5) as bar:
         for update in range(begun, size.meta_updates):
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(update, size.meta_updates, 5e-4)
+                group["lr"] = rate_at(update, size.meta_updates, 1.5e-3)
             *at, tasks = some_tasks(data, generator)
             bar.set_postfix(loss=f"{learner.update(tasks):.3f}", refresh=False)
             bar.update()

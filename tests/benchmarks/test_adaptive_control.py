@@ -83,9 +83,9 @@ def call(tmp_path, system, *seeds):
 def test_seeds_are_added_and_none_is_made_twice(tmp_path):
     text, record = call(tmp_path, "cartpole", "1")
     assert "hidden state alone.json: " in text
-    assert len(record["report"]) == 10
+    assert len(record["report"]) == 11
     returns = [found["return"][0] for found in record["report"].values() if "return" in found]
-    assert len(returns) >= 8
+    assert len(returns) >= 9
     assert all(0 <= value <= 80 for groups in returns for value in groups)  # of 80 steps, at most 1 each
     first = record["seeds"]["1"]
     text, record = call(tmp_path, "cartpole", "0", "1")
@@ -100,4 +100,4 @@ def test_a_robot_has_every_way_but_those_that_need_its_equations(tmp_path):
     pytest.importorskip("mujoco")
     _, record = call(tmp_path, "cheetah_joint", "0")
     assert "true physics" not in record["report"]
-    assert len(record["report"]) == 8
+    assert len(record["report"]) == 9

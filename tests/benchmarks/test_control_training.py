@@ -63,10 +63,10 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_told(training, tmp_pat
 
 def test_a_robot_adapts_its_input_layers_with_a_rate_for_every_tensor(training, tmp_path):
     run, model, scales, data = parts(training, tmp_path, "robot")
-    found = training.meta_trained(run, model, scales, data, 1.0)
+    found = training.meta_trained(run, model, scales, data)
     assert {name.split(".")[0] for name in found["rates"]} == {"state_input", "output_input"}
     assert all(rate.dim() == 0 for rate in found["rates"].values())
-    assert [*training.best_rates(run, model, scales, data)] == [*found["rates"]]
+    assert [*training.best_rates(run, model, scales, data)["rates"]] == [*found["rates"]]
 
 
 def test_a_folder_of_other_settings_is_refused(training, tmp_path):
@@ -75,3 +75,22 @@ def test_a_folder_of_other_settings_is_refused(training, tmp_path):
     run.open()
     with pytest.raises(ValueError, match="is of other settings"):
         replace(run, size=replace(run.size, horizon=7)).open()
+
+
+def test_the_best_rate_is_told_beside_what_it_is_worth(training, tmp_path):
+    run, model, scales, data = parts(training, tmp_path)
+    found = training.best_rates(run, model, scales, data)
+    assert found["loss"][str(found["rate"])] == min(found["loss"].values())
+    assert [float(rate) for rate in found["rates"].values()] == pytest.approx([found["rate"]] * len(found["rates"]))
+
+
+def test_as_published_a_step_of_a_rate_that_stays_and_no_regard_to_the_model_before_it(training, tmp_path):
+    run, model, scales, data = parts(training, tmp_path)
+    control_run = importlib.import_module("control_run")
+    published = replace(run, size=control_run.as_published(run.size))
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    found = training.meta_trained(published, model, scales, data)
+    assert [float(rate) for rate in found["rates"].values()] == pytest.approx([control_run.FIXED] * len(weights))
+    assert not any(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    learned = training.meta_trained(run, model, scales, data)
+    assert all((rate != run.size.rate).any() for rate in learned["rates"].values())
