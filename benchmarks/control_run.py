@@ -64,7 +64,9 @@ class Size:
     state: int
     """Width of the recurrent model's state."""
     hidden: int
-    """Width of its perceptrons, half of that of the model without a state."""
+    """Width of its perceptrons."""
+    stateless: int
+    """Width of the model without a state, which has about as many weights."""
     windows: tuple[int, ...] = (8, 16, 32, 64)
     """Lengths of what is adapted to in meta-training; in the test it grows from the least to the largest."""
     after: int = 24
@@ -105,6 +107,7 @@ TINY = Size(
     ahead=3,
     state=8,
     hidden=16,
+    stateless=20,
     windows=(8, 16, 32),
 )
 CLASSIC = Size(
@@ -121,6 +124,7 @@ CLASSIC = Size(
     ahead=15,
     state=32,
     hidden=64,
+    stateless=80,
 )
 CARTPOLE = replace(CLASSIC, horizon=30)
 """On its true physics, a planner that looks 30 steps ahead swings it up more often than one that looks 20."""
@@ -138,6 +142,7 @@ ROBOT = Size(
     ahead=15,
     state=64,
     hidden=256,
+    stateless=216,
     windows=(16, 32, 64),
     peak=5e-3,
     noise=(0.02, 0.1),
@@ -241,7 +246,7 @@ class Run:
 
     def stateless(self) -> nn.Module:
         size = self._observation_size()
-        return MLP(size + self.system.actions.size, size, hidden_dim=2 * self.size.hidden)
+        return MLP(size + self.system.actions.size, size, hidden_dim=self.size.stateless)
 
     def _observation_size(self) -> int:
         task = self.system.task(0, 0, "train")
