@@ -94,6 +94,9 @@ def aggregated(run: Run) -> dict[str, Any]:
 
 # Meta-training
 
+ALLOWED = 0.05
+"""Part of the meta-updates that may be left out, since the steps of a task ran away in them."""
+
 
 def some_tasks(run: Run, data: Transitions, generator: torch.Generator) -> tuple[int, int, tuple[Tensor, ...]]:
     """Where a window begins, how long it is, and episodes up to some steps after it."""
@@ -137,7 +140,7 @@ def meta_trained(run: Run, model: nn.Module, scales: DynamicsScales, data: Trans
     if not run.size.learned:
         rates = tree_map(torch.Tensor.detach, rates)
     optimizer = torch.optim.Adam([leaf for leaf in (*params.values(), *rates.values()) if leaf.requires_grad])
-    generator, at = torch.Generator().manual_seed(run.seed), (0, 0)
+    generator, at, left_out = torch.Generator().manual_seed(run.seed), (0, 0), 0
 
     def loss(meta: Any, task: Any) -> Tensor:
         found = losses_of(run, model, scales, meta["params"], task, at, meta.get("rates", rates))
@@ -151,7 +154,16 @@ def meta_trained(run: Run, model: nn.Module, scales: DynamicsScales, data: Trans
             group["lr"] = rate_at(update, run.size.meta_updates, run.size.meta_peak)
         begin, window, tasks = some_tasks(run, data, generator)
         at = (begin, window)
-        learner.update(tasks)
+        try:
+            learner.update(tasks)
+        except FloatingPointError:  # the steps of a task ran away, and the model is as it was
+            left_out += 1
+            if left_out > ALLOWED * run.size.meta_updates:
+                raise
+    if left_out:
+        print(
+            f"{run.folder}: {left_out} of {run.size.meta_updates} meta-updates ran away and were left out", flush=True
+        )
     return {"model": model.state_dict(), "rates": {name: rate.detach() for name, rate in rates.items()}}
 
 

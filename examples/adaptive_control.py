@@ -261,7 +261,7 @@ def meta_train(arguments, size, model, scales, data, found, save):
     params = dict(model.named_parameters())
     rates = learning_rates(params, 0.01, per_element=True)
     optimizer = torch.optim.Adam([*params.values(), *rates.values()])
-    generator, begun = torch.Generator().manual_seed(arguments.seed), 0
+    generator, begun, left_out = torch.Generator().manual_seed(arguments.seed), 0, 0
     if found is not None:
         begun = found["updates"]
         generator.set_state(found["generator"])
@@ -280,7 +280,12 @@ def meta_train(arguments, size, model, scales, data, found, save):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(update, size.meta_updates, 1.5e-3)
             *at, tasks = some_tasks(data, generator)
-            bar.set_postfix(loss=f"{learner.update(tasks):.3f}", refresh=False)
+            try:
+                bar.set_postfix(loss=f"{learner.update(tasks):.3f}", refresh=False)
+            except FloatingPointError:  # the steps of a task ran away, and the model is as it was
+                left_out += 1
+                if left_out > 0.05 * size.meta_updates:
+                    raise
             bar.update()
             if (update + 1) % arguments.save_every == 0 or update + 1 == size.meta_updates:
                 state = {"updates": update + 1, "generator": generator.get_state()}

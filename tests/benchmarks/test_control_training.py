@@ -94,3 +94,20 @@ def test_as_published_a_step_of_a_rate_that_stays_and_no_regard_to_the_model_bef
     assert not any(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     learned = training.meta_trained(run, model, scales, data)
     assert all((rate != run.size.rate).any() for rate in learned["rates"].values())
+
+
+@pytest.mark.parametrize(("wild", "total"), [(1, 20), (2, 20)])
+def test_of_meta_updates_a_twentieth_may_run_away(training, tmp_path, monkeypatch, capsys, wild, total):
+    run, model, scales, data = parts(training, tmp_path)
+    run = replace(run, size=replace(run.size, meta_updates=total))
+    broken, drawn = data._replace(action=torch.full_like(data.action, torch.nan)), iter(range(total))
+    some_tasks = training.some_tasks
+    monkeypatch.setattr(
+        training, "some_tasks", lambda run, data, g: some_tasks(run, broken if next(drawn) < wild else data, g)
+    )
+    if wild > 1:
+        with pytest.raises(FloatingPointError):
+            training.meta_trained(run, model, scales, data)
+    else:
+        training.meta_trained(run, model, scales, data)
+        assert "1 of 20 meta-updates" in capsys.readouterr().out
