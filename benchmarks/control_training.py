@@ -137,17 +137,21 @@ def meta_trained(run: Run, model: nn.Module, scales: DynamicsScales, data: Trans
     params = dict(model.named_parameters())
     mine = {name: params[name] for name in select(model, run.size.adapted)}
     rates = learning_rates(mine, run.size.rate, per_element=run.size.per_element)
-    if not run.size.learned:
+    meta = {"params": params}
+    if run.size.learned:
+        meta["rates"] = rates
+    else:
         rates = tree_map(torch.Tensor.detach, rates)
-    optimizer = torch.optim.Adam([leaf for leaf in (*params.values(), *rates.values()) if leaf.requires_grad])
+    optimizer = torch.optim.Adam([leaf for part in meta.values() for leaf in part.values()])
     generator, at, left_out = torch.Generator().manual_seed(run.seed), (0, 0), 0
 
     def loss(meta: Any, task: Any) -> Tensor:
         found = losses_of(run, model, scales, meta["params"], task, at, meta.get("rates", rates))
-        total: Tensor = run.size.unadapted * found.unadapted + found.adapted
+        total: Tensor = found.adapted
+        if run.size.unadapted:  # else a model that is not finite before it adapts would make the sum so too
+            total = total + run.size.unadapted * found.unadapted
         return total
 
-    meta = {"params": params, "rates": rates} if run.size.learned else {"params": params}
     learner = MetaLearner(loss, meta, outer_optimizer=optimizer, max_grad_norm=1.0)
     for update in range(run.size.meta_updates):
         for group in optimizer.param_groups:

@@ -281,7 +281,7 @@ def meta_train(arguments, size, model, scales, data, found, save):
                 group["lr"] = rate_at(update, size.meta_updates, 1.5e-3)
             *at, tasks = some_tasks(data, generator)
             try:
-                bar.set_postfix(loss=f"{learner.update(tasks):.3f}", refresh=False)
+                bar.set_postfix(loss=f"{learner.update(tasks):.3f}", left_out=left_out, refresh=False)
             except FloatingPointError:  # the steps of a task ran away, and the model is as it was
                 left_out += 1
                 if left_out > 0.05 * size.meta_updates:
