@@ -331,7 +331,7 @@ def interval(values: Tensor) -> list[list[float]]:
 
 def plot(name: str, runs: list[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
     """What ours is ahead of every way, and rewards around a change."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=(5, 4, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=(5, 4, 4))
     ways = [way for way, found in report.items() if "failed" not in found]
     others = [way for way in ways if way != OURS]
     for group, label in enumerate(GROUPS):
@@ -344,15 +344,16 @@ def plot(name: str, runs: list[dict[str, Any]], report: dict[str, Any], path: Pa
     axes[0].invert_yaxis()
     axes[0].set(title=f"{name}, {len(runs)} seeds", xlabel="return of ours less that of another way, 95 %")
     axes[0].legend(fontsize=7)
+    colors = plt.get_cmap("tab20").colors  # as many ways as there are would repeat the usual ten
     for k, label in enumerate(CHANGING):
-        for way in ways:
+        for color, way in zip(colors, ways, strict=False):
             rewards = torch.tensor([run[way]["rewards from 25 steps before a change on"][k] for run in runs]).mean(0)
             smooth = torch.nn.functional.avg_pool1d(rewards[None], 5, 1)[0]
             wide = 2.0 if way in (OURS, "true physics") else 1.0
-            axes[1 + k].plot(range(-23, len(smooth) - 23), smooth, label=way, lw=wide)
+            axes[1 + k].plot(range(-23, len(smooth) - 23), smooth, label=way, lw=wide, color=color)
         axes[1 + k].axvline(0, color="0.8", zorder=0)
         axes[1 + k].set(title=label, xlabel="steps after it", ylabel="reward, mean of five steps")
-    axes[1].legend(fontsize=6)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
