@@ -27,9 +27,19 @@ import torch
 import torchopt
 import tyro
 from control_report import CHANGING, GROUPS, OURS, plot, put_together, table
-from control_run import ADAM, ALLOWANCE, FIXED, SIZES, Run, Size, as_published
+from control_run import ADAM, ALLOWANCE, FIXED, SIZES, Run, Size, as_published, on_all_weights
 from control_systems import SYSTEMS, Task
-from control_training import aggregated, best_rates, errors_ahead, fitted, inner_steps, meta_trained, scales_of, train
+from control_training import (
+    aggregated,
+    best_rates,
+    errors_ahead,
+    fitted,
+    inner_steps,
+    meta_trained,
+    scales_of,
+    train,
+    with_a_rate,
+)
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -124,69 +134,80 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
     """Name -> what makes the policy; models are trained when they are asked for."""
     found = run.once("data", lambda: aggregated(run))
     data, scales = Transitions(*found["data"]), scales_of(run, found["data"])
-    hidden = run.recurrent()
-    hidden.load_state_dict(found["model"])
-    window = Window(run.size.windows[-1], minimum=run.size.windows[0])
-    adapts = partial(AdaptationConfig, adapted=run.size.adapted, window=window, guard=Guard(allowance=ALLOWANCE))
     control = partial(run.control, scales=scales, seed=seed, number=len(tasks))
+    with_gains, on_all = run.system.gains, replace(run, size=on_all_weights(run.size))
+    published = replace(run, size=as_published(run.size))
 
-    def start(make: Callable[[], nn.Module], weights: Any) -> nn.Module:
-        model = make()
+    def start(make: Any, weights: Any) -> nn.Module:
+        model: nn.Module = make(scales)
         model.load_state_dict(weights)
         return model
 
-    def perceptron() -> Any:
+    hidden = start(run.recurrent, found["model"])
+
+    def perceptron() -> nn.Module:
         torch.manual_seed(run.seed)
-        model = run.stateless()
+        model = run.stateless(scales)
         train(run, model, scales, data, (run.size.rounds + 2) * run.size.updates, derive_seed(run.seed, 3))
-        return meta_trained(run, model, scales, data)
+        return model
 
-    def recurrent(run: Run) -> Any:
-        return meta_trained(run, start(run.recurrent, found["model"]), scales, data)
+    def recurrent() -> nn.Module:
+        return start(run.recurrent, found["model"])
 
-    published = replace(run, size=as_published(run.size))
-    makers: dict[str, Any] = {
-        "meta": (run.recurrent, run.size.steps, partial(recurrent, run)),
-        "rebal": (run.recurrent, published.size.steps, partial(recurrent, published)),
-        "mlp": (run.stateless, run.size.steps, perceptron),
+    # Name of the files -> how the steps are, what is meta-trained, and by what.
+    makers: dict[str, tuple[Run, Callable[[], nn.Module], Callable[..., dict[str, Any]]]] = {
+        "meta": (run, recurrent, with_a_rate if with_gains else meta_trained),
+        "meta_all": (on_all, recurrent, meta_trained),
+        "rebal": (published, recurrent, meta_trained),
+        "mlp": (on_all, perceptron, meta_trained),
     }
 
-    def learned(name: str, *, adapting: bool) -> Way:
-        make, steps, trained = makers[name]
-        weights = run.once(name, trained)
-        model = start(make, weights["model"])
-        if not adapting:
-            return Way(control(model))
-        return by_steps(model, weights["rates"], steps)
+    def learned(name: str, *, adapting: bool = True) -> Way:
+        its_run, make, trained = makers[name]
+        weights = run.once(name, lambda: trained(its_run, make(), scales, data))
+        model = start(run.stateless if name == "mlp" else run.recurrent, weights["model"])
+        return by_steps(its_run, model, weights["rates"]) if adapting else Way(control(model))
 
-    def by_steps(model: nn.Module, rates: dict[str, Tensor], steps: int = run.size.steps, **notes: Any) -> Way:
-        config = adapts(optimizer=inner_steps(run, rates), num_steps=steps, from_anchor=True)
-        its_run = replace(run, size=replace(run.size, steps=steps))
+    def adapting_by(its_run: Run, optimizer: Any, **options: Any) -> AdaptationConfig:
+        size = its_run.size
+        window = Window(size.windows[-1], minimum=size.windows[0])
+        guard = Guard(allowance=ALLOWANCE)
+        return AdaptationConfig(
+            adapted=size.adapted, window=window, guard=guard, optimizer=optimizer, num_steps=size.steps, **options
+        )
+
+    def by_steps(its_run: Run, model: nn.Module, rates: dict[str, Tensor], **notes: Any) -> Way:
+        config = adapting_by(its_run, inner_steps(its_run, rates), from_anchor=True)
         return Way(control(model, config=config), (its_run, model, scales, rates), notes)
 
-    def at_the_best_rate() -> Way:
-        chosen = run.once("rates", lambda: best_rates(run, hidden, scales, data))
-        return by_steps(hidden, **chosen)
+    def at_the_best_rate(its_run: Run, name: str) -> Way:
+        chosen = run.once(name, lambda: best_rates(its_run, hidden, scales, data))
+        return by_steps(its_run, hidden, **chosen)
 
     def at_a_fixed_rate() -> Way:
-        return by_steps(hidden, {name: torch.tensor(FIXED) for name in select(hidden, run.size.adapted)})
+        return by_steps(on_all, hidden, {name: torch.tensor(FIXED) for name in select(hidden, on_all.size.adapted)})
 
     def with_adam() -> Way:
-        return Way(control(hidden, config=adapts(optimizer=torchopt.adam(ADAM), num_steps=run.size.steps)))
+        return Way(control(hidden, config=adapting_by(on_all, torchopt.adam(ADAM))))
 
     ways: dict[str, Callable[[], Way]] = {}
     if run.system.true_step is not None:
         ways["true physics"] = lambda: Way(knowing_the_truth(run, tasks, later, seed))
         ways["a model of its own"] = lambda: Way(on_its_own_model(run, hidden, scales, tasks, later, seed))
+    ways[OURS] = lambda: learned("meta")
+    if not with_gains:  # else the weights are those of the hidden state alone
+        ways["meta-trained, not adapting"] = lambda: learned("meta", adapting=False)
+    ways["hidden state alone"] = lambda: Way(control(hidden))
+    ways["not meta-trained, the best rate"] = lambda: at_the_best_rate(run, "rates")
+    if with_gains:
+        ways["not meta-trained, all weights, the best rate"] = lambda: at_the_best_rate(on_all, "rates_all")
+        ways["meta-trained, all weights"] = lambda: learned("meta_all")
+    else:
+        ways["not meta-trained, a fixed rate"] = at_a_fixed_rate
     return ways | {
-        OURS: lambda: learned("meta", adapting=True),
-        "meta-trained, not adapting": lambda: learned("meta", adapting=False),
-        "hidden state alone": lambda: Way(control(hidden)),
-        "not meta-trained, the best rate": at_the_best_rate,
-        "not meta-trained, a fixed rate": at_a_fixed_rate,
         "not meta-trained, Adam carried on": with_adam,
-        "ReBAL, as published": lambda: learned("rebal", adapting=True),
-        "GrBAL, an MLP": lambda: learned("mlp", adapting=True),
+        "ReBAL, as published": lambda: learned("rebal"),
+        "GrBAL, an MLP": lambda: learned("mlp"),
         "GrBAL, an MLP, not adapting": lambda: learned("mlp", adapting=False),
     }
 

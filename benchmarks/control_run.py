@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssmrl import MLP, AdaptationConfig, StateSpaceModel, StreamAdapter
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
+from ssmrl.core import WithInputGains
 from ssmrl.env_runner import rollout
 from ssmrl.meta_rl import (
     AdaptiveControl,
@@ -27,10 +28,23 @@ from ssmrl.meta_rl import (
     model_step,
 )
 
-__all__ = ["ADAM", "ALLOWANCE", "FIXED", "RATES", "SIZES", "Run", "Size", "as_published", "exploring", "random_actions"]
+__all__ = [
+    "ADAM",
+    "ALLOWANCE",
+    "FIXED",
+    "SIZES",
+    "Run",
+    "Size",
+    "as_published",
+    "exploring",
+    "on_all_weights",
+    "random_actions",
+]
 
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """To choose from, for the model that is not meta-trained."""
+OF_GAINS = (*RATES, 1.0, 3.0, 10.0)
+"""The same, where gains adapt: there are few of them, and their gradients are small."""
 FIXED = 0.01
 """A rate that many take."""
 ADAM, ALLOWANCE = 0.003, 0.3
@@ -132,7 +146,7 @@ ROBOT = Size(
     rounds=16,
     tasks=20,
     updates=800,
-    meta_updates=600,
+    meta_updates=1200,
     batch=6,
     test_tasks=40,
     own_steps=0,
@@ -146,27 +160,30 @@ ROBOT = Size(
     windows=(16, 32, 64),
     peak=5e-3,
     noise=(0.02, 0.1),
-    adapted="*input.*",
+    adapted="gain",
     per_element=False,
     steps=3,
-    rate=0.3,
+    rate=1.0,
     clip=1.0,
 )
-"""A round has few episodes, since planning on its model decides which come next. What adapts, and by which steps, was
-found by prediction errors on joint 0 of weaker models, which `cheetah_joint` tests: it must be chosen again, without
-that joint, before results are claimed."""
+"""A round has few episodes, since planning on its model decides which come next."""
 SIZES = {
     "tiny": {
         "classic": TINY,
-        "robot": replace(TINY, adapted=ROBOT.adapted, per_element=False, rate=ROBOT.rate, clip=ROBOT.clip),
+        "robot": replace(TINY, adapted=ROBOT.adapted, per_element=False, steps=3, rate=ROBOT.rate, clip=ROBOT.clip),
     },
     "default": {"classic": CLASSIC, "cartpole": CARTPOLE, "robot": ROBOT},
 }
 
 
+def on_all_weights(size: Size) -> Size:
+    """All weights adapt, with a learned rate for every element of them."""
+    return replace(size, adapted="*", per_element=True, rate=FIXED)
+
+
 def as_published(size: Size) -> Size:
     """Meta-training for one step of one rate that is not learned, and for predictions of one step, after it alone."""
-    return replace(size, steps=1, unadapted=0.0, ahead=1, per_element=False, rate=FIXED, learned=False)
+    return replace(on_all_weights(size), steps=1, unadapted=0.0, ahead=1, per_element=False, learned=False)
 
 
 @dataclass(frozen=True)
@@ -194,9 +211,14 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON has it."""
         found: dict[str, Any] = json.loads(
-            json.dumps({**asdict(self.size), "rates": RATES, "fixed": FIXED, "adam": ADAM, "allowance": ALLOWANCE})
+            json.dumps({**asdict(self.size), "rates": self.rates, "fixed": FIXED, "adam": ADAM, "allowance": ALLOWANCE})
         )
         return found
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """To choose from."""
+        return OF_GAINS if self.size.adapted == "gain" else RATES
 
     def planner(self, step: Any) -> Planner:
         size = self.size
@@ -240,13 +262,21 @@ class Run:
         assert found is not None
         return found.state
 
-    def recurrent(self) -> nn.Module:
+    def recurrent(self, scales: DynamicsScales) -> nn.Module:
         size = self._observation_size()
-        return StateSpaceModel(self.size.state, size + self.system.actions.size, size, hidden_dim=self.size.hidden)
+        model = StateSpaceModel(self.size.state, size + self.system.actions.size, size, hidden_dim=self.size.hidden)
+        return self._with_gains(model, scales)
 
-    def stateless(self) -> nn.Module:
+    def stateless(self, scales: DynamicsScales) -> nn.Module:
         size = self._observation_size()
-        return MLP(size + self.system.actions.size, size, hidden_dim=self.size.stateless)
+        return self._with_gains(MLP(size + self.system.actions.size, size, hidden_dim=self.size.stateless), scales)
+
+    def _with_gains(self, model: nn.Module, scales: DynamicsScales) -> nn.Module:
+        """The model, with a gain for every actuator if actuators may fail; no gain changes what action 0 does."""
+        number = self.system.actions.size
+        return (
+            WithInputGains(model, number, scales.action.normalize(torch.zeros(number))) if self.system.gains else model
+        )
 
     def _observation_size(self) -> int:
         task = self.system.task(0, 0, "train")

@@ -43,6 +43,8 @@ class System:
     true_step: Callable[..., tuple[Tensor, Tensor, Any]] | None = None
     """The physics themselves as a planner's `step`: params holds a parameter of the physics each, (). None: too slow to
     plan with."""
+    gains: bool = False
+    """Whether the actuators may fail: models then have a gain for every one of them."""
     filmed: Callable[..., Environment] | None = None
     """(task, episode, seed, folder, title): an environment of one task that makes a video of its first episode."""
 
@@ -217,7 +219,9 @@ def cheetah_gravity(generator: np.random.Generator, split: str) -> Task:
 def robot(name: str, size: int, cost: Any, draw: Callable[[np.random.Generator, str], Task]) -> System:
     """Gymnasium's robot of so many actuators, to be run forwards."""
     actions = BoxActions([-1.0] * size, [1.0] * size)
-    return System(draw, partial(robot_environment, name), actions, cost, bounded, filmed=partial(filmed_robot, name))
+    return System(
+        draw, partial(robot_environment, name), actions, cost, bounded, gains=True, filmed=partial(filmed_robot, name)
+    )
 
 
 cheetah = partial(robot, "HalfCheetah", 6, cheetah_cost)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torchopt
-from control_run import RATES, Run, exploring, random_actions
+from control_run import Run, exploring, random_actions
 from control_systems import Task
 from torch import Tensor, nn
 from torch.func import vmap
+from torchopt import pytree
 from torchopt.base import GradientTransformation
 
 from ssmrl import adapt
@@ -32,7 +33,17 @@ from ssmrl.meta_rl import (
     planning_loss,
 )
 
-__all__ = ["aggregated", "best_rates", "errors_ahead", "fitted", "inner_steps", "meta_trained", "scales_of", "train"]
+__all__ = [
+    "aggregated",
+    "best_rates",
+    "errors_ahead",
+    "fitted",
+    "inner_steps",
+    "meta_trained",
+    "scales_of",
+    "train",
+    "with_a_rate",
+]
 
 # Training
 
@@ -46,7 +57,8 @@ def rate_at(update: int, total: int, peak: float) -> float:
 def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, updates: int, seed: int) -> None:
     """Train a model on whole episodes, to be planned with."""
     step, params, ahead = run.step(model, scales), dict(model.named_parameters()), run.size.ahead
-    generator, optimizer, left_out = torch.Generator().manual_seed(seed), torch.optim.Adam(model.parameters()), 0
+    learned = [p for name, p in model.named_parameters() if name != "gain"]  # the gains are 1 in all training
+    generator, optimizer, left_out = torch.Generator().manual_seed(seed), torch.optim.Adam(learned), 0
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(update, updates, run.size.peak)
@@ -54,10 +66,10 @@ def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions,
         starts = (torch.rand(4, generator=generator) * (run.size.episode - ahead)).long().tolist()
         episodes = Transitions(*(leaf[rows] for leaf in data))
         loss = planning_loss(model, step, scales, params, None, episodes, starts=starts, horizon=ahead)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         # Where predictions run away in the batch, there is no direction to go in: the step is left out.
-        if bool(torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 1.0))):
+        if bool(torch.isfinite(nn.utils.clip_grad_norm_(learned, 1.0))):
             optimizer.step()
         else:
             left_out += 1
@@ -74,21 +86,24 @@ def scales_of(run: Run, data: Any) -> DynamicsScales:
 
 def aggregated(run: Run) -> dict[str, Any]:
     """Data of all rounds, and the recurrent model that was trained on them."""
-    torch.manual_seed(run.seed)
-    model, data, scales = run.recurrent(), None, None
+    model, data, scales = None, None, None
     for r in range(run.size.rounds):
         seed = derive_seed(run.seed, 2, r)
         tasks = [run.system.task(seed, n, "train") for n in range(run.size.tasks)]
         policy = random_actions(run, seed)
-        if scales is not None:
+        if model is not None:
             policy = exploring(run, run.control(model, scales, seed), seed)
         new, reward, _ = run.episodes(policy, tasks, seed)
         print(f"{run.folder} round {r}: mean return {reward.sum(1).mean():.0f}", flush=True)
         data = new if data is None else Transitions(*map(torch.cat, zip(data, new, strict=True)))
-        scales = scales_of(run, data)
+        if model is None:
+            scales = scales_of(run, data)
+            torch.manual_seed(run.seed)
+            model = run.recurrent(scales)
         last = r == run.size.rounds - 1
         train(run, model, scales, data, (3 if last else 1) * run.size.updates, seed)
     assert data is not None
+    assert model is not None
     return {"data": tuple(data), "model": model.state_dict()}
 
 
@@ -142,33 +157,69 @@ def meta_trained(run: Run, model: nn.Module, scales: DynamicsScales, data: Trans
         meta["rates"] = rates
     else:
         rates = tree_map(torch.Tensor.detach, rates)
-    optimizer = torch.optim.Adam([leaf for part in meta.values() for leaf in part.values()])
-    generator, at, left_out = torch.Generator().manual_seed(run.seed), (0, 0), 0
 
-    def loss(meta: Any, task: Any) -> Tensor:
+    def loss(meta: Any, task: Any, at: Any) -> Tensor:
         found = losses_of(run, model, scales, meta["params"], task, at, meta.get("rates", rates))
         total: Tensor = found.adapted
         if run.size.unadapted:  # else a model that is not finite before it adapts would make the sum so too
             total = total + run.size.unadapted * found.unadapted
         return total
 
-    learner = MetaLearner(loss, meta, outer_optimizer=optimizer, max_grad_norm=1.0)
-    for update in range(run.size.meta_updates):
+    minimized(
+        run,
+        loss,
+        meta,
+        lambda generator: some_tasks(run, data, generator),
+        updates=run.size.meta_updates,
+        peak=run.size.meta_peak,
+    )
+    return {"model": model.state_dict(), "rates": {name: rate.detach() for name, rate in rates.items()}}
+
+
+def with_a_rate(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Any]:
+    """The model as it is, and a meta-learned rate for the gains of its actuators.
+
+    The physics of the training tasks are known to its hidden state, and leave the gains nothing to do. So the tasks are
+    ones that it does not know: an episode with actions -a is one with actions a of a robot whose actuator is wired the
+    other way, and has the gain -1. So has one in five.
+    """
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    mine = select(model, run.size.adapted)
+    meta = {name: torch.tensor(run.size.rate).log().requires_grad_() for name in mine}
+
+    def loss(meta: Any, task: Any, at: Any) -> Tensor:
+        rates = {name: value.exp() for name, value in meta.items()}
+        return losses_of(run, model, scales, params, task, at, rates).adapted
+
+    def reversed_actuators(generator: torch.Generator) -> Any:
+        begin, window, (observation, action, following) = some_tasks(run, data, generator)
+        sign = torch.where(torch.rand(len(action), 1, action.shape[-1], generator=generator) < 0.2, -1.0, 1.0)
+        return begin, window, (observation, sign * action, following)
+
+    minimized(run, loss, meta, reversed_actuators, updates=run.size.meta_updates // 4, peak=0.05)
+    return {"model": model.state_dict(), "rates": {name: value.detach().exp() for name, value in meta.items()}}
+
+
+def minimized(run: Run, task_loss: Any, meta: Any, draw: Any, *, updates: int, peak: float) -> None:
+    """Change meta-parameters in place by Adam on `task_loss(meta, task, at)`, a few of whose updates may run away."""
+    optimizer = torch.optim.Adam(pytree.tree_leaves(meta))
+    generator, at, left_out = torch.Generator().manual_seed(run.seed), (0, 0), 0
+    learner = MetaLearner(
+        lambda meta, task: task_loss(meta, task, at), meta, outer_optimizer=optimizer, max_grad_norm=1.0
+    )
+    for update in range(updates):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(update, run.size.meta_updates, run.size.meta_peak)
-        begin, window, tasks = some_tasks(run, data, generator)
+            group["lr"] = rate_at(update, updates, peak)
+        begin, window, tasks = draw(generator)
         at = (begin, window)
         try:
             learner.update(tasks)
         except FloatingPointError:  # the steps of a task ran away, and the model is as it was
             left_out += 1
-            if left_out > ALLOWED * run.size.meta_updates:
+            if left_out > ALLOWED * updates:
                 raise
     if left_out:
-        print(
-            f"{run.folder}: {left_out} of {run.size.meta_updates} meta-updates ran away and were left out", flush=True
-        )
-    return {"model": model.state_dict(), "rates": {name: rate.detach() for name, rate in rates.items()}}
+        print(f"{run.folder}: {left_out} of {updates} meta-updates ran away and were left out", flush=True)
 
 
 def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Any]:
@@ -192,7 +243,7 @@ def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transit
             total += float(torch.where(found.adapted < 10 * found.unadapted, found.adapted, found.unadapted).mean())
         return total
 
-    none, found = loss(0.0), {rate: loss(rate) for rate in RATES}
+    none, found = loss(0.0), {rate: loss(rate) for rate in run.rates}
     best = min(found, key=lambda rate: found[rate])
     return {"rates": rates(best), "rate": best, "loss": {str(rate): value / none for rate, value in found.items()}}
 

@@ -3,6 +3,7 @@
 from ssmrl.core.base import StateModel, functional_forward
 from ssmrl.core.context import WithContext
 from ssmrl.core.diagonal import DiagonalSSM, diagonal_recurrence
+from ssmrl.core.gains import WithInputGains
 from ssmrl.core.gru import GRU
 from ssmrl.core.lstm import LSTM, LSTMState
 from ssmrl.core.mlp import MLP, MLPState
@@ -24,6 +25,7 @@ __all__ = [
     "Transformer",
     "TransformerState",
     "WithContext",
+    "WithInputGains",
     "diagonal_recurrence",
     "functional_forward",
     "linear_recurrence",

@@ -65,8 +65,9 @@ def test_seeds_are_added_and_none_is_made_twice(tmp_path):
     assert (tmp_path / "out" / "adaptive_control_cartpole.png").stat().st_size > 10_000
 
 
-def test_a_robot_has_every_way_but_those_that_need_its_equations(tmp_path):
+def test_a_robot_has_gains_that_adapt_and_no_ways_that_need_its_equations(tmp_path):
     pytest.importorskip("mujoco")
     _, record = call(tmp_path, "cheetah_joint", "0")
-    assert "true physics" not in record["report"]
+    assert {"true physics", "a model of its own", "meta-trained, not adapting"}.isdisjoint(record["report"])
+    assert {"meta-trained, all weights", "not meta-trained, all weights, the best rate"} < record["report"].keys()
     assert len(record["report"]) == 9

@@ -26,14 +26,15 @@ def training() -> Any:
 def parts(training, tmp_path, kind="classic"):
     sizes = importlib.import_module("control_run").SIZES["tiny"]
     size = replace(sizes[kind], windows=(4, 8), after=6, ahead=3, episode=24)
-    run = training.Run(importlib.import_module("control_systems").SYSTEMS["pendulum"], 0, size, tmp_path)
-    torch.manual_seed(0)
-    model = run.recurrent()
+    pendulum = importlib.import_module("control_systems").SYSTEMS["pendulum"]
+    run = training.Run(replace(pendulum, gains=kind == "robot"), 0, size, tmp_path)
     generator = torch.Generator().manual_seed(0)
     observation = torch.randn(4, 24, 3, generator=generator)
     action = torch.rand(4, 24, 1, generator=generator)
     data = Transitions(observation, action, torch.randn(4, 24, 3, generator=generator))
-    return run, model, training.scales_of(run, data), data
+    scales = training.scales_of(run, data)
+    torch.manual_seed(0)
+    return run, run.recurrent(scales), scales, data
 
 
 def test_without_steps_nothing_gets_better_and_with_them_the_window_does(training, tmp_path):
@@ -61,12 +62,46 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_told(training, tmp_pat
     assert not any(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
-def test_a_robot_adapts_its_input_layers_with_a_rate_for_every_tensor(training, tmp_path):
+def test_of_a_robot_the_rate_of_gains_is_learned_and_nothing_else(training, tmp_path):
     run, model, scales, data = parts(training, tmp_path, "robot")
-    found = training.meta_trained(run, model, scales, data)
-    assert {name.split(".")[0] for name in found["rates"]} == {"state_input", "output_input"}
-    assert all(rate.dim() == 0 for rate in found["rates"].values())
-    assert [*training.best_rates(run, model, scales, data)["rates"]] == [*found["rates"]]
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    found = training.with_a_rate(replace(run, size=replace(run.size, meta_updates=8)), model, scales, data)
+    assert [*found["rates"]] == ["gain"]
+    assert float(found["rates"]["gain"]) != pytest.approx(run.size.rate, abs=1e-4)
+    assert all(torch.equal(value, weights[name]) for name, value in found["model"].items())
+    chosen = training.best_rates(run, model, scales, data)
+    assert [*chosen["rates"]] == ["gain"]
+    assert max(map(float, chosen["loss"])) == 10.0
+
+
+def test_the_rate_of_gains_is_learned_on_actuators_that_are_reversed(training, tmp_path, monkeypatch):
+    run, model, scales, data = parts(training, tmp_path, "robot")
+    drawn, signs = [], []
+    some_tasks = training.some_tasks
+
+    def keeping(*args):
+        drawn.append(some_tasks(*args))
+        return drawn[-1]
+
+    def noting(learner, tasks):
+        signs.append(tasks[1] / drawn[-1][2][1])
+        return 0.0
+
+    monkeypatch.setattr(training, "some_tasks", keeping)
+    monkeypatch.setattr(training.MetaLearner, "update", noting)
+    training.with_a_rate(replace(run, size=replace(run.size, meta_updates=800)), model, scales, data)
+    assert all(torch.allclose(sign, sign[:, :1].expand_as(sign)) for sign in signs)  # the same for a whole episode
+    every = torch.stack([sign[:, 0] for sign in signs])
+    torch.testing.assert_close(every.abs(), torch.ones_like(every))
+    assert 0.1 < float((every < 0).float().mean()) < 0.3
+
+
+def test_training_leaves_the_gains_of_actuators_at_1(training, tmp_path):
+    run, model, scales, data = parts(training, tmp_path, "robot")
+    before = model.model.state_input.weight.clone()
+    training.train(run, model, scales, data, 2, 0)
+    assert torch.equal(model.gain, torch.ones(1))
+    assert not torch.equal(model.model.state_input.weight, before)
 
 
 def test_a_folder_of_other_settings_is_refused(training, tmp_path):
