@@ -25,6 +25,7 @@ from ssmrl.env_runner import derive_seed
 from ssmrl.meta_rl import (
     DynamicsScales,
     MetaLearner,
+    NonFinite,
     Transitions,
     adaptive_planning_loss,
     dynamics_scales,
@@ -108,9 +109,6 @@ def aggregated(run: Run) -> dict[str, Any]:
 
 
 # Meta-training
-
-ALLOWED = 0.05
-"""Part of the meta-updates that may be left out, since the steps of a task ran away in them."""
 
 
 def some_tasks(run: Run, data: Transitions, generator: torch.Generator) -> tuple[int, int, tuple[Tensor, ...]]:
@@ -201,25 +199,23 @@ def with_a_rate(run: Run, model: nn.Module, scales: DynamicsScales, data: Transi
 
 
 def minimized(run: Run, task_loss: Any, meta: Any, draw: Any, *, updates: int, peak: float) -> None:
-    """Change meta-parameters in place by Adam on `task_loss(meta, task, at)`, a few of whose updates may run away."""
+    """Change meta-parameters in place by Adam on `task_loss(meta, task, at)`; a few updates may run away."""
     optimizer = torch.optim.Adam(pytree.tree_leaves(meta))
-    generator, at, left_out = torch.Generator().manual_seed(run.seed), (0, 0), 0
+    generator, at = torch.Generator().manual_seed(run.seed), (0, 0)
     learner = MetaLearner(
-        lambda meta, task: task_loss(meta, task, at), meta, outer_optimizer=optimizer, max_grad_norm=1.0
+        lambda meta, task: task_loss(meta, task, at),
+        meta,
+        outer_optimizer=optimizer,
+        max_grad_norm=1.0,
+        nonfinite=NonFinite("skip", at_most=20),
     )
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(update, updates, peak)
-        begin, window, tasks = draw(generator)
-        at = (begin, window)
-        try:
-            learner.update(tasks)
-        except FloatingPointError:  # the steps of a task ran away, and the model is as it was
-            left_out += 1
-            if left_out > ALLOWED * updates:
-                raise
-    if left_out:
-        print(f"{run.folder}: {left_out} of {updates} meta-updates ran away and were left out", flush=True)
+        *at, tasks = draw(generator)
+        learner.update(tasks)
+    if learner.left_out:
+        print(f"{run.folder}: {learner.left_out} of {updates} meta-updates ran away and were left out", flush=True)
 
 
 def best_rates(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions) -> dict[str, Any]:

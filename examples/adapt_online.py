@@ -37,6 +37,7 @@ from ssmrl.env_runner import (
     sample_physics,
     split_support_query,
 )
+from ssmrl.meta_rl import NonFinite
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +46,6 @@ RATE = {"Pendulum-v1": 0.1, "CartPole-v1": 0.03}
 WINDOW, NUM_STEPS = 8, 5  # as trained, so used: gradient steps on the last transitions of a stream
 FITTED_STEPS = 300  # of Adam, in hindsight
 MAX_GRAD_NORM = 0.1  # tight: tasks with extreme physics have gradients a hundred times those of others
-MAX_SKIPPED = 10  # meta-updates that may diverge before the run gives up
 
 
 @dataclass(frozen=True)
@@ -116,22 +116,21 @@ def meta_train(model: StateSpaceModel, x, y, rate: float, updates: int, seed: in
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     maml = MetaMAML(
-        model, rate, inner_steps=NUM_STEPS, outer_optimizer=optimizer, max_grad_norm=MAX_GRAD_NORM, compile="trace"
+        model,
+        rate,
+        inner_steps=NUM_STEPS,
+        outer_optimizer=optimizer,
+        max_grad_norm=MAX_GRAD_NORM,
+        compile="trace",
+        nonfinite=NonFinite("skip"),  # the inner steps of an extreme task may run away
     )
     generator = torch.Generator().manual_seed(seed)
-    skipped = 0
     with progress(updates, "meta-training") as bar:
         for _ in range(updates):
             task = torch.randint(len(x), (20,), generator=generator)
             support, query = torch.rand(20, x.shape[1], generator=generator).argsort(1)[:, :2].T
             batch = [v[task, w][:, None] for w in (support, query) for v in (x, y)]
-            try:
-                loss = maml.meta_update(tuple(batch))
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            except FloatingPointError:  # the inner loop diverged on an extreme task; the model is untouched: go on
-                skipped += 1
-                if skipped > MAX_SKIPPED:
-                    raise
+            bar.set_postfix(loss=f"{maml.meta_update(tuple(batch)):.4f}", left_out=maml.left_out, refresh=False)
             schedule.step()
             bar.update()
 

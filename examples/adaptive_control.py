@@ -38,6 +38,7 @@ from ssmrl.meta_rl import (
     AdaptiveControl,
     BoxActions,
     MetaLearner,
+    NonFinite,
     Planner,
     Transitions,
     adaptive_planning_loss,
@@ -261,36 +262,33 @@ def meta_train(arguments, size, model, scales, data, found, save):
     params = dict(model.named_parameters())
     rates = learning_rates(params, 0.01, per_element=True)
     optimizer = torch.optim.Adam([*params.values(), *rates.values()])
-    generator, begun, left_out = torch.Generator().manual_seed(arguments.seed), 0, 0
-    if found is not None:
-        begun = found["updates"]
-        generator.set_state(found["generator"])
-        optimizer.load_state_dict(found["optimizer"])
-        for name, rate in rates.items():
-            rate.data.copy_(found["rates"][name])
-    at = (0, 0)
+    generator, begun, at = torch.Generator().manual_seed(arguments.seed), 0, (0, 0)
 
     def loss(meta, task):
         inner = scale_by_learning_rates(meta["rates"])
         return losses_of(model, scales, meta["params"], task, *at, inner).adapted
 
-    learner = MetaLearner(loss, {"params": params, "rates": rates}, outer_optimizer=optimizer, max_grad_norm=1.0)
+    learner = MetaLearner(
+        loss,
+        {"params": params, "rates": rates},
+        outer_optimizer=optimizer,
+        max_grad_norm=1.0,
+        nonfinite=NonFinite("skip", at_most=20),  # the steps of a task may run away
+    )
+    if found is not None:
+        begun = found["updates"]
+        generator.set_state(found["generator"])
+        learner.load_state_dict(found["learner"])
     with tqdm(total=size.meta_updates, initial=begun, desc="meta-training", file=sys.stdout, mininterval=0.5) as bar:
         for update in range(begun, size.meta_updates):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(update, size.meta_updates, 1.5e-3)
             *at, tasks = some_tasks(data, generator)
-            try:
-                bar.set_postfix(loss=f"{learner.update(tasks):.3f}", left_out=left_out, refresh=False)
-            except FloatingPointError:  # the steps of a task ran away, and the model is as it was
-                left_out += 1
-                if left_out > 0.05 * size.meta_updates:
-                    raise
+            bar.set_postfix(loss=f"{learner.update(tasks):.3f}", left_out=learner.left_out, refresh=False)
             bar.update()
             if (update + 1) % arguments.save_every == 0 or update + 1 == size.meta_updates:
-                state = {"updates": update + 1, "generator": generator.get_state()}
-                state |= {"optimizer": optimizer.state_dict(), "rates": {n: r.detach() for n, r in rates.items()}}
-                save(state)
+                state = {"generator": generator.get_state(), "learner": learner.state_dict()}
+                save({"updates": update + 1, **state})
     return {name: rate.detach() for name, rate in rates.items()}
 
 

@@ -37,6 +37,7 @@ from ssmrl.meta_rl.losses import (
 )
 from ssmrl.meta_rl.meta_learner import MetaLearner
 from ssmrl.meta_rl.meta_maml import MetaMAML
+from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.objectives import implicit_loss, multi_step_loss, post_adaptation_loss, reptile_loss
 from ssmrl.meta_rl.planning import Decision, Planned, Planner, cem, mppi, random_shooting, sequence_costs
 from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, PolicyOutput
@@ -81,6 +82,7 @@ __all__ = [
     "MetaLearner",
     "MetaMAML",
     "Moments",
+    "NonFinite",
     "PPOTerms",
     "PPOUpdate",
     "Planned",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torchopt import pytree
 
 from ssmrl.adaptation.optim import check_num_steps, check_rate
 from ssmrl.adaptation.trace import Traced, check_compile
+from ssmrl.meta_rl.nonfinite import NonFinite, Updates
 
 __all__ = ["MetaLearner"]
 
@@ -36,6 +38,7 @@ class MetaLearner:
         chunk_size: at most so many tasks at once, each chunk with a backward pass of its own: the same numbers up to
             rounding, and the memory of one chunk. None: all at once.
         compile: as for `MetaMAML`; what `task_loss` closes over must not change.
+        nonfinite: what to do where a loss, a gradient or a weight is not finite; None: raise an error.
 
     Raises:
         TypeError, ValueError: meta-parameters that are no leaves or need no gradient, a bad rate or size, a rate beside
@@ -52,6 +55,7 @@ class MetaLearner:
         max_grad_norm: float | None = None,
         chunk_size: int | None = None,
         compile: bool | Literal["trace"] = False,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         leaves = pytree.tree_leaves(meta_params)
         for leaf in leaves:
@@ -67,7 +71,7 @@ class MetaLearner:
         self.meta_params = meta_params
         self.chunk_size = check_chunk_size(chunk_size)
         self.compile = check_compile(compile)
-        self.outer_step = OuterStep(leaves, outer_lr, outer_optimizer, max_grad_norm)
+        self.outer_step = OuterStep(leaves, outer_lr, outer_optimizer, max_grad_norm, nonfinite)
         if self.outer_step.others(leaves):
             raise ValueError("outer_optimizer must hold no tensors but those of meta_params.")
         self._traced = Traced(partial(gradient_and_losses, task_loss), inductor=compile is True)
@@ -80,27 +84,53 @@ class MetaLearner:
             tasks: a pytree of tensors with an axis N before every other: what `task_loss` takes, for N tasks.
 
         Returns:
-            The mean loss over the tasks, before the step.
+            The mean loss over the tasks, before the step; NaN where `nonfinite` left the update out.
 
         Raises:
             ValueError: tasks that do not agree on N, or none.
-            FloatingPointError: a loss or the meta-gradient is not finite; the meta-parameters and the outer optimizer
-                are as before.
+            FloatingPointError: a loss or the meta-gradient is not finite, and `nonfinite` does not leave the update
+                out; the meta-parameters and the outer optimizer are as before.
         """
         chunks = split_tasks(tasks, self.chunk_size)
-        num_tasks = sum(size for size, _ in chunks)
-        leaves: list[Tensor] = pytree.tree_leaves(self.meta_params)
-        with self.outer_step.clean(leaves):
-            losses = torch.cat([self._backward(chunk, num_tasks) for _, chunk in chunks])
-            check_losses(losses)
-            self.outer_step(lambda: [f"leaf {i}" for i, p in enumerate(leaves) if not is_finite(p.grad)])
-        return float(losses.mean())
+        loss = self.outer_step.updates(lambda: self._update(chunks))
+        return math.nan if loss is None else loss
+
+    @property
+    def left_out(self) -> int:
+        """How many updates `nonfinite` has left out."""
+        return self.outer_step.updates.left_out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Meta-parameters, outer optimizer and counters: a tree that `ssmrl.checkpoint.save_checkpoint` takes."""
+        return {"meta_params": [leaf.detach() for leaf in self._leaves()], "outer_step": self.outer_step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, to the same bits.
+
+        Raises:
+            ValueError: it is of other meta-parameters.
+        """
+        copy_into(self._leaves(), state["meta_params"], "meta-parameters")
+        self.outer_step.load_state_dict(state["outer_step"])
 
     @torch.no_grad()
     def losses(self, tasks: Any) -> Tensor:
         """The loss on each of a stack of tasks, (N,); nothing changes."""
         chunks = split_tasks(tasks, self.chunk_size)
         return torch.cat([map_over_tasks(self.task_loss, self.meta_params, chunk) for _, chunk in chunks])
+
+    def _leaves(self) -> list[Tensor]:
+        leaves: list[Tensor] = pytree.tree_leaves(self.meta_params)
+        return leaves
+
+    def _update(self, chunks: list[tuple[int, Any]]) -> float:
+        num_tasks = sum(size for size, _ in chunks)
+        leaves = self._leaves()
+        with self.outer_step.clean(leaves):
+            losses = torch.cat([self._backward(chunk, num_tasks) for _, chunk in chunks])
+            check_losses(losses)
+            self.outer_step(lambda: [f"leaf {i}" for i, p in enumerate(leaves) if not is_finite(p.grad)])
+        return float(losses.mean())
 
     def _backward(self, tasks: Any, num_tasks: int) -> Tensor:
         if not self.compile:
@@ -165,7 +195,10 @@ class OuterStep:
         params: what the default optimizer, Adam at `outer_lr`, learns.
         outer_lr: None is 0.001.
         optimizer: in place of the default.
-        max_grad_norm: as for `MetaLearner`.
+        max_grad_norm, nonfinite: as for `MetaLearner`.
+
+    Attributes:
+        updates: runs what ends in such a step.
     """
 
     DEFAULT_LR = 0.001
@@ -176,6 +209,7 @@ class OuterStep:
         outer_lr: float | None,
         optimizer: torch.optim.Optimizer | None,
         max_grad_norm: float | None,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         params = list(params)
         if outer_lr is not None:
@@ -194,11 +228,21 @@ class OuterStep:
                 f"outer_lr = {outer_lr} would be ignored: outer_optimizer has a rate of its own; give one of the two."
             )
         self.optimizer = optimizer
+        self.updates = Updates(nonfinite, optimizer)
         self.max_grad_norm = max_grad_norm
         if not {id(p) for p in params} & {id(p) for p in self.learned()}:
             raise ValueError(
                 "outer_optimizer must hold parameters of the model that require a gradient; it holds none."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and counters."""
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates.load_state_dict(state["updates"])
 
     def learned(self) -> list[Tensor]:
         """What the optimizer holds."""
@@ -233,6 +277,16 @@ class OuterStep:
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(learned, self.max_grad_norm, norm)
         self.optimizer.step()
+
+
+@torch.no_grad()
+def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor], what: str) -> None:
+    """Write saved values into tensors, all or none; an error says `what` they are."""
+    shapes, saved = ([tuple(tensor.shape) for tensor in some] for some in (tensors, values))
+    if shapes != saved:
+        raise ValueError(f"The state must be of {what} of shapes {shapes}; it is of {saved}.")
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def check_losses(losses: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,8 +32,10 @@ from ssmrl.meta_rl.meta_learner import (
     accumulate,
     check_chunk_size,
     check_losses,
+    copy_into,
     is_finite,
 )
+from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
 from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
 
@@ -76,6 +79,7 @@ class MetaMAML:
             functorch. It takes 10 to 50 seconds, whatever T, and a C++ compiler. With "trace" the operations are
             replayed one by one: the same numbers, seconds to record, no compiler. Parameters of the loss cannot be
             learned then, and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
+        nonfinite: what to do where a loss, a gradient or a weight is not finite; None: raise an error.
 
     Raises:
         TypeError, ValueError: a negative or non-finite rate, a negative number of steps, a rate beside an optimizer
@@ -102,6 +106,7 @@ class MetaMAML:
         chunk_size: int | None = None,
         truncate: int | None = None,
         compile: bool | Literal["trace"] = False,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         params = trainable_parameters(model)
         self.compile = check_compile(compile)
@@ -117,7 +122,7 @@ class MetaMAML:
         self.step_weights = step_weights
         self.chunk_size = check_chunk_size(chunk_size)
         self.truncate = None if truncate is None else check_truncate(truncate)
-        self.outer_step = OuterStep(params.values(), outer_lr, outer_optimizer, max_grad_norm)
+        self.outer_step = OuterStep(params.values(), outer_lr, outer_optimizer, max_grad_norm, nonfinite)
         self._step_weights()
         self._rates = learned_tensors(self.inner_optimizer, split(params, self.adapted)[0])
         held = {id(p) for p in self.outer_step.learned()}
@@ -160,25 +165,44 @@ class MetaMAML:
             loss_fn: (output, y) -> scalar, a mean over the batch.
 
         Returns:
-            The mean query loss after adaptation, or its weighted sum over steps, before the outer step.
+            The mean query loss after adaptation, or its weighted sum over steps, before the outer step; NaN where
+            `nonfinite` left the update out.
 
         Raises:
             TypeError, ValueError: tasks or states that do not fit, or data that are not finite.
-            FloatingPointError: the meta-loss or the meta-gradient is not finite; it names the tasks or parameters.
+            FloatingPointError: the meta-loss or the meta-gradient is not finite, and `nonfinite` does not leave the
+                update out; it names the tasks or parameters.
             After an error the model and the outer optimizer are as before.
         """
         params = trainable_parameters(self.model)
         state = _as_leaves(initial_hidden_state)
         groups = self._chunks(group_tasks(tasks, state, _first(params)))
         self._check_learned(state)
-        num_tasks = sum(len(group.indices) for group in groups)
-        losses = torch.empty(num_tasks, dtype=_first(params).dtype)
-        with self.outer_step.clean(params.values()):
-            for group in groups:  # a backward pass each, so that only one group's graph is in memory
-                losses[group.indices] = self._backward(params, group, loss_fn, num_tasks).to(losses)
-            check_losses(losses)
-            self.outer_step(lambda: [name for name, p in params.items() if not is_finite(p.grad)])
-        return float(losses.mean())
+        loss = self.outer_step.updates(lambda: self._update(params, groups, loss_fn))
+        return math.nan if loss is None else loss
+
+    @property
+    def left_out(self) -> int:
+        """How many updates `nonfinite` has left out."""
+        return self.outer_step.updates.left_out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model, what else is learned, the outer optimizer and counters: a tree for `save_checkpoint`.
+
+        Data and their random numbers are the caller's to save.
+        """
+        others = [leaf.detach() for leaf in self.outer_step.others(self.model.parameters())]
+        return {"model": self.model.state_dict(), "others": others, "outer_step": self.outer_step.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, to the same bits.
+
+        Raises:
+            ValueError, RuntimeError: it is of another model, or of other learned tensors.
+        """
+        self.model.load_state_dict(state["model"])
+        copy_into(self.outer_step.others(self.model.parameters()), state["others"], "rates and other learned tensors")
+        self.outer_step.load_state_dict(state["outer_step"])
 
     @torch.no_grad()
     def evaluate(
@@ -262,6 +286,16 @@ class MetaMAML:
     def get_fast_weights(self) -> OrderedDict[str, Tensor]:
         """Fast weights before any step: a copy of all parameters, without a graph."""
         return OrderedDict((name, p.detach().clone()) for name, p in self.model.named_parameters())
+
+    def _update(self, params: dict[str, nn.Parameter], groups: list[TaskGroup], loss_fn: Loss) -> float:
+        num_tasks = sum(len(group.indices) for group in groups)
+        losses = torch.empty(num_tasks, dtype=_first(params).dtype)
+        with self.outer_step.clean(params.values()):
+            for group in groups:  # a backward pass each, so that only one group's graph is in memory
+                losses[group.indices] = self._backward(params, group, loss_fn, num_tasks).to(losses)
+            check_losses(losses)
+            self.outer_step(lambda: [name for name, p in params.items() if not is_finite(p.grad)])
+        return float(losses.mean())
 
     def _backward(self, params: dict[str, nn.Parameter], group: TaskGroup, loss_fn: Loss, num_tasks: int) -> Tensor:
         """(N,) query losses of a group; their sum / num_tasks is differentiated into the `grad` of what is learned."""

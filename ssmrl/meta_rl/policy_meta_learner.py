@@ -19,6 +19,7 @@ from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_rate,
 from ssmrl.adaptation.select import Selector, select, split, trainable_parameters
 from ssmrl.meta_rl.evaluation import AdaptationReturns, adaptation_returns
 from ssmrl.meta_rl.meta_learner import MetaLearner, map_over_tasks, split_tasks
+from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses
 from ssmrl.meta_rl.policy_maml import Loss, adapt_policy, policy_meta_loss
 from ssmrl.meta_rl.trust_region import TrustRegionStep, trust_region_step
@@ -225,7 +226,7 @@ class GradientOuter:
         divergence_weight: η of ProMP's penalty.
         exploration_weight: of E-MAML's term (Stadie et al. 2018, https://arxiv.org/abs/1803.01118): the data before
             the inner steps are made likelier as far as the return of their task after adaptation is above the others'.
-        max_grad_norm, chunk_size, compile: as for `MetaLearner`.
+        max_grad_norm, chunk_size, compile, nonfinite: as for `MetaLearner`.
     """
 
     def __init__(
@@ -243,6 +244,7 @@ class GradientOuter:
         max_grad_norm: float | None = None,
         chunk_size: int | None = None,
         compile: bool | Literal["trace"] = False,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         if check_num_steps("num_steps", num_steps) < 1:
             raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
@@ -262,6 +264,7 @@ class GradientOuter:
             max_grad_norm=max_grad_norm,
             chunk_size=chunk_size,
             compile=compile,
+            nonfinite=nonfinite,
         )
 
     @property
@@ -270,11 +273,12 @@ class GradientOuter:
         return self.learner.outer_step.optimizer
 
     def step(self, collected: Collected) -> list[float]:
-        """Make the steps on what was collected; return the loss before each of them.
+        """Make the steps on what was collected; return the loss before each, NaN of those that were left out.
 
         Raises:
             ValueError: `num_minibatches` does not divide the number of tasks.
-            FloatingPointError: a loss or gradient is not finite; steps before it were made.
+            FloatingPointError: a loss or gradient is not finite, and `nonfinite` does not leave the step out; steps
+                before it were made.
         """
         tasks: Any = (collected.batches, _gain(collected.returns))
         num_tasks = collected.returns.shape[1]

@@ -131,27 +131,28 @@ def test_as_published_a_step_of_a_rate_that_stays_and_no_regard_to_the_model_bef
     assert all((rate != run.size.rate).any() for rate in learned["rates"].values())
 
 
-@pytest.mark.parametrize("wild", [1, 2])
-def test_of_meta_updates_a_twentieth_may_run_away(training, tmp_path, monkeypatch, capsys, wild):
+@pytest.mark.parametrize("wild", [1, 21])
+def test_of_meta_updates_a_few_may_run_away(training, tmp_path, monkeypatch, capsys, wild):
     run, model, scales, data = parts(training, tmp_path)
-    run = replace(run, size=replace(run.size, meta_updates=20))
-    broken, drawn = data._replace(action=torch.full_like(data.action, torch.nan)), iter(range(20))
+    run = replace(run, size=replace(run.size, meta_updates=25))
+    broken, drawn = data._replace(action=torch.full_like(data.action, torch.nan)), iter(range(25))
     some_tasks = training.some_tasks
     monkeypatch.setattr(
         training, "some_tasks", lambda run, data, g: some_tasks(run, broken if next(drawn) < wild else data, g)
     )
     if wild > 1:
-        with pytest.raises(FloatingPointError):
+        with pytest.raises(FloatingPointError, match="21 of the last 21 updates"):
             training.meta_trained(run, model, scales, data)
     else:
         training.meta_trained(run, model, scales, data)
-        assert "1 of 20 meta-updates" in capsys.readouterr().out
+        assert "1 of 25 meta-updates" in capsys.readouterr().out
 
 
-def test_without_weight_a_model_that_runs_away_before_it_adapts_does_not_matter(training, tmp_path, monkeypatch):
+def test_without_weight_what_runs_away_before_it_adapts_does_not_matter(training, tmp_path, monkeypatch, capsys):
     run, model, scales, data = parts(training, tmp_path)
     found = training.losses_of
     monkeypatch.setattr(training, "losses_of", lambda *args: found(*args)._replace(unadapted=torch.tensor(torch.inf)))
     training.meta_trained(replace(run, size=replace(run.size, meta_updates=1)), model, scales, data)
-    with pytest.raises(FloatingPointError):
-        training.meta_trained(replace(run, size=replace(run.size, meta_updates=1, unadapted=1.0)), model, scales, data)
+    assert "left out" not in capsys.readouterr().out
+    training.meta_trained(replace(run, size=replace(run.size, meta_updates=1, unadapted=1.0)), model, scales, data)
+    assert "1 of 1 meta-updates" in capsys.readouterr().out
