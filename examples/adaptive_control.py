@@ -47,6 +47,7 @@ from ssmrl.meta_rl import (
     planning_loss,
     student_t_interval,
 )
+from ssmrl.stop import StopSignal
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -279,16 +280,18 @@ def meta_train(arguments, size, model, scales, data, found, save):
         begun = found["updates"]
         generator.set_state(found["generator"])
         learner.load_state_dict(found["learner"])
-    with tqdm(total=size.meta_updates, initial=begun, desc="meta-training", file=sys.stdout, mininterval=0.5) as bar:
+    bar = tqdm(total=size.meta_updates, initial=begun, desc="meta-training", file=sys.stdout, mininterval=0.5)
+    with bar, StopSignal() as stop:
         for update in range(begun, size.meta_updates):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(update, size.meta_updates, 1.5e-3)
             *at, tasks = some_tasks(data, generator)
             bar.set_postfix(loss=f"{learner.update(tasks):.3f}", left_out=learner.left_out, refresh=False)
             bar.update()
-            if (update + 1) % arguments.save_every == 0 or update + 1 == size.meta_updates:
+            if stop or (update + 1) % arguments.save_every == 0 or update + 1 == size.meta_updates:
                 state = {"generator": generator.get_state(), "learner": learner.state_dict()}
                 save({"updates": update + 1, **state})
+                stop.exit_if_asked()
     return {name: rate.detach() for name, rate in rates.items()}
 
 

@@ -62,6 +62,7 @@ from ssmrl.meta_rl import (
     linear_advantages,
     plot_adaptation,
 )
+from ssmrl.stop import StopSignal
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -258,7 +259,8 @@ def train(arguments, size, family, maml, outer, clock, writer):
         moments = RunningMoments(**found.state["moments"])
     with_one_step = size.iterations if arguments.iterations is None else arguments.iterations
     total = with_one_step + arguments.two_step_iterations
-    with tqdm(total=total, initial=len(curve), desc="iterations", file=sys.stdout, mininterval=0.5) as bar:
+    progress = tqdm(total=total, initial=len(curve), desc="iterations", file=sys.stdout, mininterval=0.5)
+    with progress as bar, StopSignal() as stop:
         for iteration in range(len(curve), total):
             with clock("iteration"):
                 tasks = tasks_of(arguments, family, size.tasks, derive_seed(arguments.seed, iteration))
@@ -284,11 +286,12 @@ def train(arguments, size, family, maml, outer, clock, writer):
                 writer.add_scalar("return/before", means[0], iteration)
                 writer.add_scalar("return/after", means[-1], iteration)
             stops = len(curve) == arguments.stop_after
-            if stops or len(curve) % arguments.save_every == 0:
+            if stops or stop or len(curve) % arguments.save_every == 0:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 state = {"policy": maml.policy.state_dict(), "optimizer": outer.optimizer.state_dict()}
                 state |= {"moments": moments._asdict(), "curve": curve, "seconds": dict(clock.seconds)}
                 save_checkpoint(folder, len(curve), state)
+                stop.exit_if_asked()
             if stops:
                 return None, moments
     return curve, moments

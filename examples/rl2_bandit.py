@@ -37,6 +37,7 @@ from ssmrl.core import GRU, LSTM, DiagonalSSM, StateSpaceModel
 from ssmrl.env_runner import Environment, derive_seed, gumbel_noise, policy_inputs, rollout, task_family
 from ssmrl.env_runner.tasks.tabular import optimal_return
 from ssmrl.meta_rl import PPO, CategoricalHead, PolicyModel, actor_critic_batch
+from ssmrl.stop import StopSignal
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -253,7 +254,8 @@ def train(arguments, size, policy, folder):
     ends[:, -1] = True
     stop = iterations if arguments.stop_after is None else min(iterations, arguments.stop_after)
     began = time.time() - seconds
-    with tqdm(total=iterations, initial=start, desc="iterations", file=sys.stdout, mininterval=0.5) as bar:
+    progress = tqdm(total=iterations, initial=start, desc="iterations", file=sys.stdout, mininterval=0.5)
+    with progress as bar, StopSignal() as signal:
         for iteration in range(start, stop):
             seed, done = derive_seed(arguments.seed, iteration), iteration / iterations
             optimizer.param_groups[0]["lr"] = learning.lr * (1 - done)
@@ -273,9 +275,10 @@ def train(arguments, size, policy, folder):
                 writer.add_scalar("return of a trial", curve[-1], iteration)
                 for name, value in update._asdict().items():
                     writer.add_scalar(name, value, iteration)
-            if (iteration + 1) % arguments.save_every == 0 or iteration + 1 == iterations:
+            if signal or (iteration + 1) % arguments.save_every == 0 or iteration + 1 == iterations:
                 state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
                 save_checkpoint(folder, iteration + 1, {**state, "seconds": time.time() - began})
+                signal.exit_if_asked()
             shown = {"return": f"{curve[-1]:.2f}", "KL": f"{update.divergence:.4f}", "H": f"{update.entropy:.2f}"}
             bar.set_postfix(shown)
             bar.update()

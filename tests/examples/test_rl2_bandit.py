@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from ssmrl.checkpoint import load_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "rl2_bandit.py"
 
@@ -62,6 +65,25 @@ def test_a_run_that_was_killed_ends_where_the_uninterrupted_one_ends(tmp_path, t
     assert len(whole["curve"]) == 4
     if task == "tabular":
         assert len(whole["in a trial"]["PSRL"]) == 2
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(tmp_path):
+    arguments = ("--iterations", "40")
+    whole = run(tmp_path / "whole", *arguments)
+    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--out", str(tmp_path / "asked"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        while "return=" not in process.stdout.read(40):  # of the bar, after an iteration
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 143
+    found = load_checkpoint(tmp_path / "asked" / "checkpoints")
+    assert found is not None
+    assert 0 < found.step < 40
+    assert found.step % 10  # not one of those that are saved anyway
+    resumed = run(tmp_path / "asked", *arguments, "--resume")
+    assert repeatable(resumed) == repeatable(whole)
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "ssm", "diagonal", "fast-weights"])

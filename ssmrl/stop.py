@@ -1,0 +1,66 @@
+"""Signals that ask a run to stop, heard between its updates."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["StopSignal"]
+
+
+class StopSignal:
+    """Lets a loop finish its update and save when SIGTERM or SIGINT (Ctrl-C) asks it to stop::
+
+        with StopSignal() as stop:
+            for step in range(start, total):
+                ...
+                if stop or (step + 1) % 100 == 0:
+                    save_checkpoint(folder, step + 1, state)
+                    stop.exit_if_asked()  # here, so that a signal that comes later waits for the next save
+
+    A second SIGINT raises KeyboardInterrupt at once, also in the midst of a save, which leaves the checkpoint before it
+    valid. Within the block the handlers that were there are not called; they come back after it. Where signals come
+    from, what a batch system sends before it kills a job included, is no matter.
+
+    Raises:
+        ValueError: entered in another thread than the main one, where Python takes no signals.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("StopSignal must be entered in the main thread; Python takes signals in no other.")
+        self._asked = None
+        self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
+
+    def __bool__(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked is not None
+
+    def exit_if_asked(self) -> None:
+        """End the process if a signal has come.
+
+        Raises:
+            SystemExit: with 128 + the number of the signal, as shells have it: 143 for SIGTERM, 130 for SIGINT.
+        """
+        if self._asked is not None:
+            raise SystemExit(128 + self._asked)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = number
