@@ -45,7 +45,7 @@ from torch.func import vmap
 
 import ssmrl
 from ssmrl import AdaptationConfig
-from ssmrl.adaptation import Guard, Window, select
+from ssmrl.adaptation import Guard, Window, reset_on_rise, select
 from ssmrl.checkpoint import load_checkpoint
 from ssmrl.core import functional_forward
 from ssmrl.env_runner import derive_seed, rollout
@@ -170,10 +170,14 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
 
     def adapting_by(its_run: Run, optimizer: Any, **options: Any) -> AdaptationConfig:
         size = its_run.size
-        window = Window(size.windows[-1], minimum=size.windows[0])
-        guard = Guard(allowance=ALLOWANCE)
         return AdaptationConfig(
-            adapted=size.adapted, window=window, guard=guard, optimizer=optimizer, num_steps=size.steps, **options
+            adapted=size.adapted,
+            window=Window(size.windows[-1], minimum=size.windows[0]),
+            guard=Guard(allowance=ALLOWANCE),
+            reset=None if size.rise is None else reset_on_rise(size.rise, keep=size.windows[0]),
+            optimizer=optimizer,
+            num_steps=size.steps,
+            **options,
         )
 
     def by_steps(its_run: Run, model: nn.Module, rates: dict[str, Tensor], **notes: Any) -> Way:

@@ -105,6 +105,8 @@ class Size:
     """Whether it is."""
     clip: float | None = None
     """Of the norm of a gradient that is adapted by."""
+    rise: float | None = 3.0
+    """Begin anew, with the newest transitions alone, where errors rise to so many times what they were; None: never."""
 
 
 TINY = Size(
@@ -165,13 +167,12 @@ ROBOT = Size(
     steps=3,
     rate=1.0,
     clip=1.0,
+    rise=None,
 )
 """A round has few episodes, since planning on its model decides which come next."""
+OF_ROBOTS = ("adapted", "per_element", "steps", "rate", "clip", "rise")
 SIZES = {
-    "tiny": {
-        "classic": TINY,
-        "robot": replace(TINY, adapted=ROBOT.adapted, per_element=False, steps=3, rate=ROBOT.rate, clip=ROBOT.clip),
-    },
+    "tiny": {"classic": TINY, "robot": replace(TINY, **{name: getattr(ROBOT, name) for name in OF_ROBOTS})},
     "default": {"classic": CLASSIC, "cartpole": CARTPOLE, "robot": ROBOT},
 }
 

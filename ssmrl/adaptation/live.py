@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torchopt import pytree
 
 from ssmrl.adaptation.anchor import pull_to_anchor, trust_region
 from ssmrl.adaptation.optim import (
@@ -19,7 +20,7 @@ from ssmrl.adaptation.optim import (
     with_tensor_counts,
 )
 from ssmrl.adaptation.select import select, split, trainable_parameters
-from ssmrl.adaptation.stream import Report, Rules, Stream, in_use, update
+from ssmrl.adaptation.stream import Report, Rules, Stream, begin, in_use, update
 from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
 from ssmrl.adaptation.updates import differentiable_update
 from ssmrl.adaptation.window import Buffer
@@ -37,6 +38,7 @@ class LiveModel:
     Args:
         for_one: for one stream, decided with Python's `if`. Its parameters are one vector where the optimizer allows
             it, which saves the better part of an update of a small model.
+        anchor: name -> tensor, where the weights that adapt begin; None: as they are in the model.
 
     Attributes:
         rules: the settings of `ssmrl.adaptation.stream.update`.
@@ -51,6 +53,7 @@ class LiveModel:
         loss_fn: Callable[[Tensor, Any], Tensor],
         *,
         for_one: bool,
+        anchor: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         trainable = trainable_parameters(model)
@@ -67,17 +70,17 @@ class LiveModel:
         self._as_vector = for_one and treats_elements_alike(optimizer)
         self._sizes = [p.numel() for p in self.params.values()]
         self._shapes = [p.shape for p in self.params.values()]
-        anchor = self.read()
+        start = self.read() if anchor is None else self._packed(self.checked(anchor), copy=True)
         before, after = [], []
         if config.anchor_strength:
             importance = config.importance
             if importance is not None:
                 importance = self._packed(_in_order(importance, self.params))
-            before.append(pull_to_anchor(anchor, config.anchor_strength, importance))
+            before.append(pull_to_anchor(start, config.anchor_strength, importance))
         if config.max_grad_norm is not None:
             before.append(clip_by_global_norm(config.max_grad_norm))
         if config.max_distance is not None:
-            after.append(trust_region(anchor, config.max_distance))
+            after.append(trust_region(start, config.max_distance))
         self.rules = Rules(
             forward=partial(self.forward, {}),
             loss_fn=loss_fn,
@@ -85,7 +88,7 @@ class LiveModel:
             optimizer=with_first_call(optimizer if for_one else with_tensor_counts(optimizer)),
             after=tuple(after),
             num_steps=config.num_steps,
-            anchor=anchor,
+            anchor=start,
             average=config.average,
             from_anchor=config.from_anchor,
             every=config.every,
@@ -127,6 +130,57 @@ class LiveModel:
         named = {name: p.detach() for name, p in self.model.named_parameters() if name not in self.params}
         return {**named, **dict(self.model.named_buffers())}
 
+    # A stream as a tree of dicts and lists, and back.
+
+    def saved(self, stream: Stream | None, example: tuple[Any, ...] | None) -> dict[str, Any] | None:
+        """What a stream, or a stack of them, holds.
+
+        Args:
+            example: x, y, hidden and reset of one stream, whose shapes it was begun for.
+        """
+        if stream is None or example is None:
+            return None
+        x, y, hidden, reset = example
+        if isinstance(stream.buffer, Buffer) and isinstance(stream.buffer.reset, Tensor):  # it may have come later
+            reset = torch.zeros(x.shape[:1], dtype=torch.bool, device=x.device)
+        data = {
+            "x": x,
+            "y": y if isinstance(y, Tensor) else None,
+            "hidden": tree_leaves(hidden),
+            "reset": reset if isinstance(reset, Tensor) else None,
+        }
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(stream)]
+        return {"data": data, "leaves": leaves}
+
+    def loaded(self, saved: dict[str, Any], stacked: Callable[[Any], Any]) -> tuple[Stream, tuple[Any, ...]]:
+        """The stream, or stack of them, and the example that `saved` was given.
+
+        Args:
+            stacked: makes as many of one stream as there are.
+
+        Raises:
+            ValueError: it was saved by an adapter with other settings, or of another model.
+        """
+        held = saved["data"]
+        x = held["x"].to(self.like.device)
+        state: Any = initial_state(self.model, len(x)) if held["hidden"] else ()
+        _, structure = pytree.tree_flatten(state)
+        if structure.num_leaves != len(held["hidden"]):
+            raise ValueError(
+                f"The state must be of a model with {structure.num_leaves} tensors in its hidden state; it is of one "
+                f"with {len(held['hidden'])}."
+            )
+        to = partial(torch.Tensor.to, device=x.device)
+        hidden = pytree.tree_unflatten(structure, [to(leaf) for leaf in held["hidden"]]) if held["hidden"] else ()
+        y, reset = (() if held[name] is None else to(held[name]) for name in ("y", "reset"))
+        example = (x, y, hidden, reset)
+        leaves, structure = pytree.tree_flatten(stacked(begin(self.rules, *example)))
+        if [_kind(leaf) for leaf in leaves] != [_kind(leaf) for leaf in saved["leaves"]]:
+            raise ValueError("The state must be of an adapter with the same settings, for the same model; it is not.")
+        new = [leaf.to(x.device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in saved["leaves"]]
+        stream: Any = pytree.tree_unflatten(structure, new)
+        return stream, example
+
     # Pure functions.
 
     def named(self, params: Any) -> dict[str, Tensor]:
@@ -139,6 +193,13 @@ class LiveModel:
             name: piece if len(shape) == 1 else piece.view(shape)
             for name, piece, shape in zip(self.params, pieces, self._shapes, strict=True)
         }
+
+    def checked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These weights, if they are those that adapt."""
+        expected, got = ({name: tuple(p.shape) for name, p in some.items()} for some in (self.params, weights))
+        if expected != got:
+            raise ValueError(f"The state must be of weights {expected} that adapt; it is of {got}.")
+        return {name: weights[name].to(self.like.device) for name in self.params}
 
     def _packed(self, params: dict[str, Tensor], *, copy: bool = False) -> Any:
         if self._as_vector:
@@ -219,6 +280,10 @@ class LiveModel:
                 "optimizer must keep all its state in tensors, and decide nothing in Python by them, to run for many "
                 "streams or compiled, which torchopt.radam does not; take another one."
             ) from error
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf)
 
 
 def _in_order(importance: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -73,16 +73,12 @@ class StreamAdapter:
             if value is not None and check_num_steps(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
         self.chunk_size = chunk_size
-        self._live = LiveModel(model, self.config, device, loss_fn, for_one=False)
+        self._device = device
+        self._begin(LiveModel(model, self.config, device, loss_fn, for_one=False))
         self._streams: Stream | None = None
+        self._example: tuple[Any, ...] | None = None  # of the data of one stream that they were begun for
         self._active = torch.ones(num_streams, dtype=torch.bool, device=self._live.like.device)
         self._all_active = True
-        self._predict = self._mapped(lambda params, others, *data: self._live.forward(others, params, *data))
-        self._updates = {
-            (measured, adapting): self._mapped(self._live.update(measured=measured, adapting=adapting))
-            for measured in (True, False)
-            for adapting in (True, False)
-        }
 
     @property
     def num_streams(self) -> int:
@@ -218,6 +214,40 @@ class StreamAdapter:
         self._active = snapshot.active.clone()
         self._all_active = bool(self._active.all())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Anchor, and all that is carried from update to update: a tree for `save_checkpoint`."""
+        live = self._live
+        return {
+            "anchor": {name: p.clone() for name, p in live.named(live.rules.anchor).items()},
+            "active": self._active.clone(),
+            "streams": live.saved(self._streams, self._example),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` of an adapter with the same settings returned, to the same bits.
+
+        There are as many streams then as there were; what does not adapt is the model's, and the caller's to load.
+
+        Raises:
+            ValueError: it is of another model, or of other settings; nothing has changed.
+        """
+        live = LiveModel(self.model, self.config, self._device, self.loss_fn, for_one=False, anchor=state["anchor"])
+        active = state["active"].to(live.like.device, copy=True)
+        saved, number = state["streams"], len(active)
+        loaded = (None, None) if saved is None else live.loaded(saved, lambda one: _stacked(one, number))
+        self._streams, self._example = loaded
+        self._active, self._all_active = active, bool(active.all())
+        self._begin(live)
+
+    def _begin(self, live: LiveModel) -> None:
+        self._live = live
+        self._predict = self._mapped(lambda params, others, *data: live.forward(others, params, *data))
+        self._updates = {
+            (measured, adapting): self._mapped(live.update(measured=measured, adapting=adapting))
+            for measured in (True, False)
+            for adapting in (True, False)
+        }
+
     @torch.no_grad()
     def _update(self, measured: bool, x: Tensor, y: Any, hidden_state: Any, reset: Any) -> Report:
         self._check(x, y, hidden_state)
@@ -226,6 +256,7 @@ class StreamAdapter:
         if streams is None:
             first = tree_map(lambda leaf: leaf[0], data)
             streams = _stacked(begin(self._live.rules, *first), self.num_streams)
+            self._example = tree_map(torch.zeros_like, first)
         streams, data = self._live.fitted(streams, data, axis=2)
         every = self.config.every
         adapting = every == 1 or bool(((streams.counts.calls + 1) % every == 0).any())

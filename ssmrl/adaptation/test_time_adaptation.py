@@ -157,13 +157,12 @@ class Adapter:
         self.config = AdaptationConfig() if config is None else config
         self.loss_fn = loss_fn
         self.compile = check_compile(compile)
-        self._live = LiveModel(model, self.config, device, loss_fn, for_one=self.compile is False)
+        self._device = device
+        self._live = self._begun(None)
         self._stream: Stream | None = None
+        self._example: tuple[Any, ...] | None = None  # of the data that the stream was begun for
         self._entered: list[Snapshot] = []
-        self._traced = {
-            measured: Traced(self._live.update(measured=measured), inductor=compile is True)
-            for measured in (True, False)
-        }
+        self._traced = self._recorded()
 
     def update_step(
         self, x: Tensor, y: Tensor | None, hidden_state: Any, *, reset: Tensor | bool | None = None
@@ -201,7 +200,9 @@ class Adapter:
         check_pair("x", x, "y", y, live.like, optional=True)
         check_state("hidden_state", hidden_state, live.like, finite=False)
         data = live.data(x, y, hidden_state, check_reset_mask(reset, x), x.shape[0])
-        stream = begin(live.rules, *data) if self._stream is None else self._stream
+        stream = self._stream
+        if stream is None:
+            stream, self._example = begin(live.rules, *data), tree_map(torch.zeros_like, data)
         stream, data = live.fitted(stream, data, axis=1)
         if self.config.average is None:
             stream = stream._replace(params=live.read())
@@ -250,6 +251,41 @@ class Adapter:
         self._live.load(snapshot.weights)
         stream = snapshot.stream
         self._stream = None if stream is None else tree_map(torch.clone, stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchor, weights, and all that is carried from update to update: a tree for `save_checkpoint`."""
+        live = self._live
+        return {
+            "anchor": {name: p.clone() for name, p in live.named(live.rules.anchor).items()},
+            "weights": live.weights(),
+            "stream": live.saved(self._stream, self._example),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` of an adapter with the same settings returned, to the same bits.
+
+        The weights that adapt are written into the model; the others are the caller's to load.
+
+        Raises:
+            ValueError: it is of another model, or of other settings; nothing has changed.
+        """
+        live = self._begun(state["anchor"])
+        saved = state["stream"]
+        stream, example = (None, None) if saved is None else live.loaded(saved, lambda one: one)
+        live.load(live.checked(state["weights"]))
+        self._live, self._stream, self._example = live, stream, example
+        self._traced = self._recorded()
+
+    def _begun(self, anchor: dict[str, Tensor] | None) -> LiveModel:
+        return LiveModel(
+            self.model, self.config, self._device, self.loss_fn, for_one=self.compile is False, anchor=anchor
+        )
+
+    def _recorded(self) -> dict[bool, Traced]:
+        return {
+            measured: Traced(self._live.update(measured=measured), inductor=self.compile is True)
+            for measured in (True, False)
+        }
 
     def __enter__(self) -> Adapter:
         """Remember the model as it is now."""
