@@ -310,7 +310,7 @@ def film(arguments, family, maml, moments, tasks, params):
     """A video of the policy after one update, on the first two tasks of the test."""
     for n, task in enumerate(tasks[:2]):
         name = "_".join(f"{key}_{value:.2f}" for key, value in task.items())
-        single = family.make(task, render_mode="rgb_array")
+        single = family.make(task, render_mode="rgb_array", camera_name="track")  # which follows the robot
         single = gymnasium.wrappers.RecordVideo(single, str(arguments.out), name_prefix=f"{arguments.family}_{name}")
         observation, _ = single.reset(seed=arguments.seed)
         own, state, done = {key: p[n] for key, p in params.items()}, None, False
