@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torchopt import pytree
@@ -16,6 +17,7 @@ from torchopt import pytree
 from ssmrl.adaptation.optim import check_num_steps, check_rate
 from ssmrl.adaptation.trace import Traced, check_compile
 from ssmrl.meta_rl.nonfinite import NonFinite, Updates
+from ssmrl.meta_rl.sharding import Shards
 
 __all__ = ["MetaLearner"]
 
@@ -39,6 +41,9 @@ class MetaLearner:
             rounding, and the memory of one chunk. None: all at once.
         compile: as for `MetaMAML`; what `task_loss` closes over must not change.
         nonfinite: what to do where a loss, a gradient or a weight is not finite; None: raise an error.
+        process_group: of `torch.distributed`, whose ranks share the tasks: every rank makes the same calls with the
+            same tasks, and computes the gradient of its part of them. Meta-parameters are at first those of the first
+            rank. None: one process.
 
     Raises:
         TypeError, ValueError: meta-parameters that are no leaves or need no gradient, a bad rate or size, a rate beside
@@ -56,6 +61,7 @@ class MetaLearner:
         chunk_size: int | None = None,
         compile: bool | Literal["trace"] = False,
         nonfinite: NonFinite | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         leaves = pytree.tree_leaves(meta_params)
         for leaf in leaves:
@@ -74,6 +80,8 @@ class MetaLearner:
         self.outer_step = OuterStep(leaves, outer_lr, outer_optimizer, max_grad_norm, nonfinite)
         if self.outer_step.others(leaves):
             raise ValueError("outer_optimizer must hold no tensors but those of meta_params.")
+        self.shards = Shards(process_group)
+        self.shards.broadcast(leaves)
         self._traced = Traced(partial(gradient_and_losses, task_loss), inductor=compile is True)
 
     @torch.enable_grad()
@@ -91,8 +99,8 @@ class MetaLearner:
             FloatingPointError: a loss or the meta-gradient is not finite, and `nonfinite` does not leave the update
                 out; the meta-parameters and the outer optimizer are as before.
         """
-        chunks = split_tasks(tasks, self.chunk_size)
-        loss = self.outer_step.updates(lambda: self._update(chunks))
+        number = count_tasks(tasks)
+        loss = self.outer_step.updates(lambda: self._update(tasks, number))
         return math.nan if loss is None else loss
 
     @property
@@ -123,11 +131,16 @@ class MetaLearner:
         leaves: list[Tensor] = pytree.tree_leaves(self.meta_params)
         return leaves
 
-    def _update(self, chunks: list[tuple[int, Any]]) -> float:
-        num_tasks = sum(size for size, _ in chunks)
+    def _update(self, tasks: Any, number: int) -> float:
         leaves = self._leaves()
+        losses = leaves[0].new_zeros(number)
+        mine = self.shards.share(number)
         with self.outer_step.clean(leaves):
-            losses = torch.cat([self._backward(chunk, num_tasks) for _, chunk in chunks])
+            if mine.start < mine.stop:
+                own = pytree.tree_map(lambda t: t[mine], tasks)
+                chunks = split_tasks(own, self.chunk_size)
+                losses[mine] = torch.cat([self._backward(chunk, number) for _, chunk in chunks]).to(losses)
+            self.shards.sum(self.outer_step.learned(), losses)
             check_losses(losses)
             self.outer_step(lambda: [f"leaf {i}" for i, p in enumerate(leaves) if not is_finite(p.grad)])
         return float(losses.mean())
@@ -170,8 +183,8 @@ def accumulate(meta_params: Any, gradient: Any, num_tasks: int) -> None:
         p.grad = share / num_tasks if p.grad is None else p.grad + share / num_tasks
 
 
-def split_tasks(tasks: Any, chunk_size: int | None) -> list[tuple[int, Any]]:
-    """A stack of tasks in chunks, each with how many it holds."""
+def count_tasks(tasks: Any) -> int:
+    """N of a stack of tasks, which is refused if there is none."""
     leaves = pytree.tree_leaves(tasks)
     sizes = [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else 0 for leaf in leaves]
     if not sizes or min(sizes) == 0 or min(sizes) != max(sizes):
@@ -179,7 +192,12 @@ def split_tasks(tasks: Any, chunk_size: int | None) -> list[tuple[int, Any]]:
             f"tasks must be a pytree of tensors with an axis of the same N >= 1 tasks before every other; got "
             f"{[tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]}."
         )
-    size = sizes[0]
+    return sizes[0]
+
+
+def split_tasks(tasks: Any, chunk_size: int | None) -> list[tuple[int, Any]]:
+    """A stack of tasks in chunks, each with how many it holds."""
+    size = count_tasks(tasks)
     chunk = size if chunk_size is None else chunk_size
 
     def part(start: int) -> tuple[int, Any]:

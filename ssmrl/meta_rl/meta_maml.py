@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torchopt import pytree
@@ -37,7 +38,8 @@ from ssmrl.meta_rl.meta_learner import (
 )
 from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
-from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks
+from ssmrl.meta_rl.sharding import Shards
+from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks, shared_out
 
 __all__ = ["MetaMAML"]
 
@@ -80,6 +82,7 @@ class MetaMAML:
             replayed one by one: the same numbers, seconds to record, no compiler. Parameters of the loss cannot be
             learned then, and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
         nonfinite: what to do where a loss, a gradient or a weight is not finite; None: raise an error.
+        process_group: as for `MetaLearner`: ranks that share the tasks of every update.
 
     Raises:
         TypeError, ValueError: a negative or non-finite rate, a negative number of steps, a rate beside an optimizer
@@ -107,6 +110,7 @@ class MetaMAML:
         truncate: int | None = None,
         compile: bool | Literal["trace"] = False,
         nonfinite: NonFinite | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         params = trainable_parameters(model)
         self.compile = check_compile(compile)
@@ -131,6 +135,8 @@ class MetaMAML:
                 "inner_optimizer has rates that require a gradient, which outer_optimizer does not hold: pass it the "
                 "model's parameters and the rates, or detach the rates."
             )
+        self.shards = Shards(process_group)
+        self.shards.broadcast([*model.parameters(), *model.buffers(), *self.outer_step.others(model.parameters())])
         self._traced: dict[Any, Traced] = {}
 
     @property
@@ -176,7 +182,7 @@ class MetaMAML:
         """
         params = trainable_parameters(self.model)
         state = _as_leaves(initial_hidden_state)
-        groups = self._chunks(group_tasks(tasks, state, _first(params)))
+        groups = group_tasks(tasks, state, _first(params))
         self._check_learned(state)
         loss = self.outer_step.updates(lambda: self._update(params, groups, loss_fn))
         return math.nan if loss is None else loss
@@ -289,10 +295,12 @@ class MetaMAML:
 
     def _update(self, params: dict[str, nn.Parameter], groups: list[TaskGroup], loss_fn: Loss) -> float:
         num_tasks = sum(len(group.indices) for group in groups)
-        losses = torch.empty(num_tasks, dtype=_first(params).dtype)
+        losses = _first(params).new_zeros(num_tasks)
         with self.outer_step.clean(params.values()):
-            for group in groups:  # a backward pass each, so that only one group's graph is in memory
+            for group in self._chunks(shared_out(groups, self.shards.share(num_tasks))):
+                # A backward pass each, so that only one group's graph is in memory.
                 losses[group.indices] = self._backward(params, group, loss_fn, num_tasks).to(losses)
+            self.shards.sum(self.outer_step.learned(), losses)
             check_losses(losses)
             self.outer_step(lambda: [name for name, p in params.items() if not is_finite(p.grad)])
         return float(losses.mean())

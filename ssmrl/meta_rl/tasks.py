@@ -47,14 +47,13 @@ class TaskGroup(NamedTuple):
 
     def chunks(self, size: int) -> list[TaskGroup]:
         """The tasks, at most `size` of them in each group."""
+        return [self.part(slice(start, start + size)) for start in range(0, len(self.indices), size)]
 
-        def part(start: int) -> TaskGroup:
-            here = slice(start, start + size)
-            own = self.state_axis == 0
-            state = pytree.tree_map(lambda s: s[here], self.initial_state) if own else self.initial_state
-            return TaskGroup(self.indices[here], Task(*(t[here] for t in self.tasks)), state, self.state_axis)
-
-        return [part(start) for start in range(0, len(self.indices), size)]
+    def part(self, here: slice) -> TaskGroup:
+        """Some of the tasks."""
+        own = self.state_axis == 0
+        state = pytree.tree_map(lambda s: s[here], self.initial_state) if own else self.initial_state
+        return TaskGroup(self.indices[here], Task(*(t[here] for t in self.tasks)), state, self.state_axis)
 
 
 def group_tasks(tasks: Tasks, initial_hidden_state: Any, like: Tensor) -> list[TaskGroup]:
@@ -92,6 +91,18 @@ def group_tasks(tasks: Tasks, initial_hidden_state: Any, like: Tensor) -> list[T
     check_state("initial_hidden_state", initial_hidden_state, like)
     state = _Initial(initial_hidden_state, batch_sizes)
     return [TaskGroup(indices, stack, *state.of(indices)) for indices, stack in groups]
+
+
+def shared_out(groups: list[TaskGroup], share: slice) -> list[TaskGroup]:
+    """Of all tasks of groups, one group after the other, those of a share; groups of which none is are left out."""
+    parts, before = [], 0
+    for group in groups:
+        number = len(group.indices)
+        start, stop = (min(max(edge - before, 0), number) for edge in (share.start, share.stop))
+        if start < stop:
+            parts.append(group if (start, stop) == (0, number) else group.part(slice(start, stop)))
+        before += number
+    return parts
 
 
 class _Initial:

@@ -1,0 +1,88 @@
+"""The tasks of an outer update, shared among the ranks of a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Shards"]
+
+
+class Shards:
+    """Which tasks are this rank's, and what ranks have to tell each other.
+
+    Every rank is given all tasks of an update and computes the gradient of its own. Sums over ranks make of these the
+    gradient of all, on every rank, and all of them make the same step. An update sends the meta-gradient, a flag for
+    every parameter and a loss for every task, in all-reduces of at most `bucket_bytes` that are under way at once.
+
+    Args:
+        group: of `torch.distributed`; None: there is one rank.
+        bucket_bytes: of one all-reduce; a larger tensor has one of its own.
+
+    Raises:
+        TypeError: group is of another kind, or one that this process is not in.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, bucket_bytes: int = 25 * 2**20) -> None:
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup that this process is in, such as "
+                f"torch.distributed.group.WORLD after init_process_group(); got {group!r}."
+            )
+        self.group = group
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.bucket_bytes = bucket_bytes
+
+    def share(self, number: int) -> slice:
+        """Return the part of so many tasks that is this rank's; parts differ by one task at most, and may be empty."""
+        return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors those of the first rank."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), dist.get_global_rank(self.group, 0), self.group)
+
+    @torch.no_grad()
+    def sum(self, params: Sequence[Tensor], losses: Tensor) -> None:
+        """Sum the gradients of parameters, and losses (N,), over ranks, in place.
+
+        A parameter that no rank has a gradient of has none after it; where some have one, it is 0 for the others.
+        """
+        if self.group is None:
+            return
+        seen = torch.tensor([p.grad is not None for p in params], dtype=losses.dtype, device=losses.device)
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._sum_in_place([losses, seen, *(p.grad for p in params if p.grad is not None)])
+        for p, ranks in zip(params, seen.tolist(), strict=True):
+            if ranks == 0:
+                p.grad = None
+
+    def _sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        under_way = []
+        for bucket in self._buckets(tensors):
+            flat = bucket[0] if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
+            flat = flat.contiguous()
+            under_way.append((bucket, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+        for bucket, flat, work in under_way:
+            if work is not None:
+                work.wait()
+            for tensor, part in zip(bucket, flat.reshape(-1).split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _buckets(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """In order, with one dtype and device each."""
+        buckets: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
+        for tensor in tensors:
+            several = buckets.setdefault((tensor.dtype, tensor.device), [[]])
+            held = sum(t.nbytes for t in several[-1])
+            if held and held + tensor.nbytes > self.bucket_bytes:
+                several.append([])
+            several[-1].append(tensor)
+        return [bucket for several in buckets.values() for bucket in several]

@@ -1,0 +1,230 @@
+"""Tasks that are shared among ranks: two processes learn what one does."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchopt
+from torch import nn
+
+from ssmrl import MetaMAML, StateSpaceModel
+from ssmrl.adaptation import learning_rates, mse_loss, scale_by_learning_rates
+from ssmrl.checkpoint import load_checkpoint, save_checkpoint
+from ssmrl.meta_rl import MetaLearner, NonFinite, post_adaptation_loss
+from ssmrl.meta_rl.sharding import Shards
+
+WORLD = 2
+LR = 0.5  # of gradient descent: weights say what the meta-gradient was
+
+
+def tasks_of(number, seed=0, steps=6):
+    x = torch.randn(2, number, 2, steps, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x[0], x[0, ..., :2].sin(), x[1], x[1, ..., :2].sin()
+
+
+def model_of(rank=0):
+    torch.manual_seed(rank)  # another one on every rank: that of the first is taken
+    return StateSpaceModel(3, 3, 2, hidden_dim=4).double()
+
+
+def trained(maml, batches, *state):
+    losses = [maml.meta_update(batch, *state) for batch in batches]
+    return {"losses": losses, **{name: p.detach() for name, p in maml.model.named_parameters()}}
+
+
+def stacked(number, **options):
+    def run(group, rank):
+        model = model_of(rank)
+        maml = MetaMAML(
+            model,
+            0.1,
+            inner_steps=2,
+            outer_optimizer=torch.optim.SGD(model.parameters(), LR),
+            process_group=group,
+            **options,
+        )
+        return trained(maml, [tasks_of(number, seed) for seed in range(2)])
+
+    return run
+
+
+def ragged_with_learned_state_and_rates(group, rank):
+    model = model_of(rank)
+    rates = learning_rates(dict(model.named_parameters()), 0.1)
+    state = torch.zeros(7 * 2, 3, dtype=torch.float64, requires_grad=True)  # one for each of 7 tasks
+    outer = torch.optim.SGD([*model.parameters(), *rates.values(), state], LR)
+    maml = MetaMAML(
+        model,
+        inner_optimizer=torchopt.chain(scale_by_learning_rates(rates)),
+        outer_optimizer=outer,
+        process_group=group,
+    )
+    tasks = [tuple(t[0] for t in tasks_of(1, n, steps=3 + n % 3)) for n in range(7)]
+    return (
+        trained(maml, [tasks], state) | {"state": state.detach()} | {f"rate {n}": r.detach() for n, r in rates.items()}
+    )
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(3, 2)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def a_parameter_without_a_gradient(group, rank):
+    torch.manual_seed(rank)
+    model = Unused().double()
+    outer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
+    return trained(MetaMAML(model, 0.1, outer_optimizer=outer, process_group=group), [tasks_of(3), tasks_of(1)])
+
+
+def line(params, x, y):
+    return mse_loss(x @ params["w"], y)
+
+
+def any_loss(group, rank):
+    w = nn.Parameter(torch.full((3, 2), 1.0 + rank, dtype=torch.float64))
+
+    def loss(meta, task):
+        return post_adaptation_loss(line, meta, task[:2], task[2:], optimizer=torchopt.sgd(0.1), num_steps=2)
+
+    outer = torch.optim.SGD([w], LR)
+    learner = MetaLearner(loss, {"w": w}, outer_optimizer=outer, chunk_size=2, max_grad_norm=0.1, process_group=group)
+    return {"losses": [learner.update(tasks_of(5, seed)) for seed in range(2)], "w": w.detach()}
+
+
+def what_is_not_finite(group, rank):
+    """In the last task, which is the last rank's."""
+    broken = tuple(t.clone() for t in tasks_of(4))
+    broken[3][-1] *= 1e200
+    model = model_of(rank)
+    maml = MetaMAML(model, 0.1, process_group=group, nonfinite=NonFinite("skip", at_most=1))
+    found = trained(maml, [broken, tasks_of(4)])
+    try:
+        maml.meta_update(broken)
+    except FloatingPointError as error:
+        return found | {"left out": maml.left_out, "error": str(error)}
+    raise AssertionError("it must be an error")
+
+
+SCENARIOS = {
+    "even": stacked(8),
+    "uneven": stacked(5),
+    "fewer tasks than ranks": stacked(1),
+    "traced": stacked(5, compile="trace"),
+    "in chunks": stacked(7, chunk_size=2),
+    "first order": stacked(3, first_order=True),
+    "ragged": ragged_with_learned_state_and_rates,
+    "a parameter without a gradient": a_parameter_without_a_gradient,
+    "any loss": any_loss,
+    "not finite": what_is_not_finite,
+}
+
+
+def reductions(group, rank):
+    """Sums in many buckets, of two dtypes."""
+    params = [
+        nn.Parameter(torch.zeros(n, dtype=d))
+        for n, d in ((3, torch.float64), (5, torch.float32), (0, torch.float64), (4, torch.float64))
+    ]
+    for n, p in enumerate(params[:3]):
+        p.grad = torch.full_like(p, float(n + 1 + rank))
+    losses = torch.arange(4.0, dtype=torch.float64) * (rank + 1)
+    Shards(group, bucket_bytes=30).sum(params, losses)
+    return {"losses": losses, "gradients": [None if p.grad is None else p.grad for p in params]}
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """What every rank found in every scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, __file__, str(folder)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(WORLD)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    found = [load_checkpoint(folder / f"of rank {rank}") for rank in range(WORLD)]
+    return [checkpoint.state for checkpoint in found if checkpoint is not None]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_learn_what_one_does(of_ranks, name):
+    expected = SCENARIOS[name](None, 0)
+    for found in of_ranks:
+        assert found[name].keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, str):
+                assert found[name][key] == value
+            else:
+                torch.testing.assert_close(
+                    torch.as_tensor(found[name][key]), torch.as_tensor(value), rtol=1e-12, atol=1e-12, equal_nan=True
+                )
+    assert all(  # bit for bit, or ranks drift apart
+        torch.equal(torch.as_tensor(a).nan_to_num(), torch.as_tensor(b).nan_to_num())
+        for a, b in zip(of_ranks[0][name].values(), of_ranks[1][name].values(), strict=True)
+        if not isinstance(a, str)
+    )
+
+
+def test_what_is_not_finite_is_so_on_every_rank(of_ranks):
+    for found in of_ranks:
+        assert math.isnan(found["not finite"]["losses"][0])
+        assert math.isfinite(found["not finite"]["losses"][1])
+        assert found["not finite"]["left out"] == 2
+        assert "not finite for tasks [3]" in found["not finite"]["error"]
+
+
+def test_sums_in_buckets(of_ranks):
+    for found in of_ranks:
+        reduced = found["reductions"]
+        assert reduced["losses"].tolist() == [0.0, 3.0, 6.0, 9.0]
+        first, second, empty, none = reduced["gradients"]
+        assert first.tolist() == [3.0] * 3
+        assert second.tolist() == [5.0] * 5
+        assert empty.numel() == 0
+        assert none is None
+
+
+def test_shares_cover_all_tasks_and_differ_by_one_at_most():
+    shards = Shards()
+    assert shards.share(7) == slice(0, 7)
+    for size in (1, 2, 3, 8):
+        for number in (0, 1, 5, 8, 17):
+            shards.size = size
+            parts = []
+            for rank in range(size):
+                shards.rank = rank
+                parts.append(range(number)[shards.share(number)])
+            assert [n for part in parts for n in part] == list(range(number))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_what_is_no_group_is_refused():
+    others: list[Any] = ["nccl", -100]
+    for group in others:
+        with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup"):
+            MetaMAML(model_of(), process_group=group)
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    results: dict[str, Any] = {name: run(dist.group.WORLD, rank) for name, run in SCENARIOS.items()}
+    results["reductions"] = reductions(dist.group.WORLD, rank)
+    save_checkpoint(folder / f"of rank {rank}", 0, results)
+    dist.destroy_process_group()
