@@ -44,6 +44,7 @@ class MetaLearner:
         process_group: of `torch.distributed`, whose ranks share the tasks: every rank makes the same calls with the
             same tasks, and computes the gradient of its part of them. Meta-parameters are at first those of the first
             rank. None: one process.
+        own_tasks: the ranks of `process_group` give tasks of their own to every call, at least one each.
 
     Raises:
         TypeError, ValueError: meta-parameters that are no leaves or need no gradient, a bad rate or size, a rate beside
@@ -62,6 +63,7 @@ class MetaLearner:
         compile: bool | Literal["trace"] = False,
         nonfinite: NonFinite | None = None,
         process_group: dist.ProcessGroup | None = None,
+        own_tasks: bool = False,
     ) -> None:
         leaves = pytree.tree_leaves(meta_params)
         for leaf in leaves:
@@ -80,7 +82,7 @@ class MetaLearner:
         self.outer_step = OuterStep(leaves, outer_lr, outer_optimizer, max_grad_norm, nonfinite)
         if self.outer_step.others(leaves):
             raise ValueError("outer_optimizer must hold no tensors but those of meta_params.")
-        self.shards = Shards(process_group)
+        self.shards, self.own_tasks = Shards(process_group), own_tasks
         self.shards.broadcast(leaves)
         self._traced = Traced(partial(gradient_and_losses, task_loss), inductor=compile is True)
 
@@ -92,15 +94,21 @@ class MetaLearner:
             tasks: a pytree of tensors with an axis N before every other: what `task_loss` takes, for N tasks.
 
         Returns:
-            The mean loss over the tasks, before the step; NaN where `nonfinite` left the update out.
+            The mean loss over the tasks, of all ranks, before the step; NaN where `nonfinite` left the update out.
 
         Raises:
             ValueError: tasks that do not agree on N, or none.
             FloatingPointError: a loss or the meta-gradient is not finite, and `nonfinite` does not leave the update
                 out; the meta-parameters and the outer optimizer are as before.
         """
-        number = count_tasks(tasks)
-        loss = self.outer_step.updates(lambda: self._update(tasks, number))
+        given = count_tasks(tasks)
+        if self.own_tasks:
+            number, mine = self.shards.places(given, self._leaves()[0])
+        else:
+            number, mine = given, self.shards.share(given)
+            tasks = pytree.tree_map(lambda t: t[mine], tasks)
+        chunks = split_tasks(tasks, self.chunk_size) if mine.start < mine.stop else []
+        loss = self.outer_step.updates(lambda: self._update(chunks, number, mine))
         return math.nan if loss is None else loss
 
     @property
@@ -131,14 +139,11 @@ class MetaLearner:
         leaves: list[Tensor] = pytree.tree_leaves(self.meta_params)
         return leaves
 
-    def _update(self, tasks: Any, number: int) -> float:
+    def _update(self, chunks: list[tuple[int, Any]], number: int, mine: slice) -> float:
         leaves = self._leaves()
         losses = leaves[0].new_zeros(number)
-        mine = self.shards.share(number)
         with self.outer_step.clean(leaves):
-            if mine.start < mine.stop:
-                own = pytree.tree_map(lambda t: t[mine], tasks)
-                chunks = split_tasks(own, self.chunk_size)
+            if chunks:
                 losses[mine] = torch.cat([self._backward(chunk, number) for _, chunk in chunks]).to(losses)
             self.shards.sum(self.outer_step.learned(), losses)
             check_losses(losses)

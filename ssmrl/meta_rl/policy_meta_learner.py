@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -227,6 +228,8 @@ class GradientOuter:
         exploration_weight: of E-MAML's term (Stadie et al. 2018, https://arxiv.org/abs/1803.01118): the data before
             the inner steps are made likelier as far as the return of their task after adaptation is above the others'.
         max_grad_norm, chunk_size, compile, nonfinite: as for `MetaLearner`.
+        process_group: of `torch.distributed`, whose ranks collect with tasks of their own, at least one each, and make
+            the same steps. Policy and rates are at first those of the first rank. None: one process.
     """
 
     def __init__(
@@ -245,6 +248,7 @@ class GradientOuter:
         chunk_size: int | None = None,
         compile: bool | Literal["trace"] = False,
         nonfinite: NonFinite | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if check_num_steps("num_steps", num_steps) < 1:
             raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
@@ -265,12 +269,22 @@ class GradientOuter:
             chunk_size=chunk_size,
             compile=compile,
             nonfinite=nonfinite,
+            process_group=process_group,
+            own_tasks=True,
         )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """What makes the steps."""
         return self.learner.outer_step.optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Policy parameters, rates, optimizer and counters: a tree for `ssmrl.checkpoint.save_checkpoint`."""
+        return self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, to the same bits."""
+        self.learner.load_state_dict(state)
 
     def step(self, collected: Collected) -> list[float]:
         """Make the steps on what was collected; return the loss before each, NaN of those that were left out.
@@ -280,8 +294,9 @@ class GradientOuter:
             FloatingPointError: a loss or gradient is not finite, and `nonfinite` does not leave the step out; steps
                 before it were made.
         """
-        tasks: Any = (collected.batches, _gain(collected.returns))
-        num_tasks = collected.returns.shape[1]
+        shards, num_tasks = self.learner.shards, collected.returns.shape[1]
+        after = shards.gathered(collected.returns[-1])
+        tasks: Any = (collected.batches, _gain(after)[shards.places(num_tasks, after)[1]])
         size, rest = divmod(num_tasks, self.num_minibatches)
         if rest or not size:
             raise ValueError(f"`num_minibatches` = {self.num_minibatches} must divide the {num_tasks} tasks.")
@@ -325,7 +340,7 @@ class TrustRegionOuter:
         Raises:
             FloatingPointError: the loss or its gradient is not finite; nothing has changed.
         """
-        tasks = (collected.batches, _gain(collected.returns))
+        tasks = (collected.batches, _gain(collected.returns[-1]))
 
         def over_tasks(loss: Callable[[Any, Any], Tensor], tasks: Any) -> Callable[[Any], Tensor]:
             return lambda meta: map_over_tasks(loss, meta, tasks).mean()
@@ -358,7 +373,6 @@ def _after(maml: PolicyMAML, batches: Sequence[PolicyBatch], num_tasks: int) -> 
     return maml.adapt(batches) if batches else maml.stacked(num_tasks)
 
 
-def _gain(returns: Tensor) -> Tensor:
+def _gain(after: Tensor) -> Tensor:
     """(N,) what the data before adaptation were worth: returns after it, with mean 0 and deviation 1 over tasks."""
-    after = returns[-1]
     return (after - after.mean()) / (after.std(correction=0) + 1e-8)

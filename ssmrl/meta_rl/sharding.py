@@ -14,9 +14,9 @@ __all__ = ["Shards"]
 class Shards:
     """Which tasks are this rank's, and what ranks have to tell each other.
 
-    Every rank is given all tasks of an update and computes the gradient of its own. Sums over ranks make of these the
-    gradient of all, on every rank, and all of them make the same step. An update sends the meta-gradient, a flag for
-    every parameter and a loss for every task, in all-reduces of at most `bucket_bytes` that are under way at once.
+    Every rank computes the gradient of its own tasks. Sums over ranks make of these the gradient of all, on every rank,
+    and all of them make the same step. An update sends the meta-gradient, a flag for every parameter and a loss for
+    every task, in all-reduces of at most `bucket_bytes` that are under way at once.
 
     Args:
         group: of `torch.distributed`; None: there is one rank.
@@ -39,6 +39,32 @@ class Shards:
     def share(self, number: int) -> slice:
         """Return the part of so many tasks that is this rank's; parts differ by one task at most, and may be empty."""
         return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+
+    def places(self, number: int, like: Tensor) -> tuple[int, slice]:
+        """Of tasks of which every rank has some of its own: how many there are, and which places are this rank's.
+
+        Args:
+            number: of this rank's tasks.
+            like: a tensor on the device that the group communicates from.
+        """
+        if self.group is None:
+            return number, slice(0, number)
+        mine = torch.tensor([number], device=like.device)
+        every = torch.empty(self.size, dtype=mine.dtype, device=like.device)
+        dist.all_gather_into_tensor(every, mine, group=self.group)
+        ends = every.cumsum(0).tolist()
+        return ends[-1], slice(ends[self.rank] - number, ends[self.rank])
+
+    @torch.no_grad()
+    def gathered(self, values: Tensor) -> Tensor:
+        """(N,) of every rank, one after the other; as many as every rank has."""
+        if self.group is None:
+            return values
+        number, mine = self.places(len(values), values)
+        every = values.new_zeros(number)
+        every[mine] = values
+        dist.all_reduce(every, group=self.group)
+        return every
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:

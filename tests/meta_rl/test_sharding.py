@@ -13,11 +13,21 @@ import torch
 import torch.distributed as dist
 import torchopt
 from torch import nn
+from torch.func import vmap
 
 from ssmrl import MetaMAML, StateSpaceModel
 from ssmrl.adaptation import learning_rates, mse_loss, scale_by_learning_rates
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
-from ssmrl.meta_rl import MetaLearner, NonFinite, post_adaptation_loss
+from ssmrl.meta_rl import (
+    GaussianHead,
+    GradientOuter,
+    MetaLearner,
+    NonFinite,
+    PolicyBatch,
+    PolicyMAML,
+    PolicyModel,
+    post_adaptation_loss,
+)
 from ssmrl.meta_rl.sharding import Shards
 
 WORLD = 2
@@ -118,6 +128,39 @@ def what_is_not_finite(group, rank):
     raise AssertionError("it must be an error")
 
 
+def a_policy_with_tasks_of_its_own(group, rank):
+    """Of five tasks the first rank collects with three."""
+    torch.manual_seed(rank)
+    policy = PolicyModel(nn.Linear(2, 1), GaussianHead(1, log_std=-0.5)).double()
+    rates = learning_rates(dict(policy.named_parameters()), 0.1)
+    maml = PolicyMAML(policy, torchopt.chain(scale_by_learning_rates(rates)))
+    outer_optimizer = torch.optim.SGD([*policy.parameters(), *rates.values()], LR)
+    settings = {"num_steps": 2, "exploration_weight": 0.3, "divergence_weight": 0.01, "process_group": group}
+    outer = GradientOuter(maml, outer_optimizer=outer_optimizer, **settings)
+    mine = slice(0, 5) if group is None else slice(0, 3) if rank == 0 else slice(3, 5)
+
+    def of_task(params, x, noise, reset, goal):
+        batch = PolicyBatch(x, None, reset, ~reset | reset, None, ())  # type: ignore[arg-type]
+        old = maml.losses.distribution(params, batch)
+        action = old.sample(noise)
+        reward = -(action[..., 0] - goal).square()
+        return batch._replace(action=action, advantage=reward - reward.mean(), old=old), reward.mean()
+
+    def collect(params, k):
+        generator = torch.Generator().manual_seed(k)
+        x, noise = (torch.randn(5, 6, 4, size, dtype=torch.float64, generator=generator)[mine] for size in (2, 1))
+        reset = torch.zeros(x.shape[:3], dtype=torch.bool)
+        reset[..., 0] = True
+        with torch.no_grad():
+            return vmap(of_task)(params, x, noise, reset, torch.linspace(-1, 1, 5, dtype=torch.float64)[mine])
+
+    losses = [loss for _ in range(2) for loss in outer.step(maml.collect(collect, mine.stop - mine.start))]
+    params, learned = maml.meta_params
+    return {"losses": losses, "rates": torch.stack([r.detach() for r in learned])} | {
+        n: p.detach() for n, p in params.items()
+    }
+
+
 SCENARIOS = {
     "even": stacked(8),
     "uneven": stacked(5),
@@ -128,6 +171,7 @@ SCENARIOS = {
     "ragged": ragged_with_learned_state_and_rates,
     "a parameter without a gradient": a_parameter_without_a_gradient,
     "any loss": any_loss,
+    "a policy": a_policy_with_tasks_of_its_own,
     "not finite": what_is_not_finite,
 }
 
@@ -154,9 +198,8 @@ def of_ranks(tmp_path_factory):
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(WORLD)
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
     found = [load_checkpoint(folder / f"of rank {rank}") for rank in range(WORLD)]
     return [checkpoint.state for checkpoint in found if checkpoint is not None]
 
