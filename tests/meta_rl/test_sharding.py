@@ -263,6 +263,56 @@ def test_what_is_no_group_is_refused():
             MetaMAML(model_of(), process_group=group)
 
 
+ELASTIC = """
+import datetime, os, signal, sys
+import torch
+import torch.distributed as dist
+from ssmrl import MetaMAML, StateSpaceModel
+from ssmrl.checkpoint import load_checkpoint, save_checkpoint
+
+folder, killed = sys.argv[1], sys.argv[2] == "killed"
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=10))  # whoever waits for the dead gives up then
+torch.manual_seed(0)
+maml = MetaMAML(StateSpaceModel(3, 3, 2, hidden_dim=4), 0.1, process_group=dist.group.WORLD)
+generator, curve = torch.Generator().manual_seed(0), []
+found = load_checkpoint(folder)
+if found is not None:
+    curve = found.state["curve"]
+    maml.load_state_dict(found.state["maml"])
+    generator.set_state(found.state["generator"])
+for update in range(len(curve), 12):
+    if killed and update == 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    x = torch.randn(5, 2, 6, 3, generator=generator)
+    curve.append(maml.meta_update((x, x[..., :2], x, x[..., :2])))
+    if dist.get_rank() == 0 and (update + 1) % 3 == 0:
+        state = {"maml": maml.state_dict(), "generator": generator.get_state(), "curve": curve}
+        save_checkpoint(folder, update + 1, state)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_comes_back_and_the_curve_goes_on(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(ELASTIC)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    ends = {}  # more than one restart: gloo does not always find its peers at the first attempt after a kill
+    for how in ("whole", "killed"):
+        command = [*launch, "--max-restarts", "9", str(script), str(tmp_path / how), how]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert ("exitcode: -9" in done.stderr) == (how == "killed")
+        ends[how] = load_checkpoint(tmp_path / how)
+    whole, killed = ends["whole"], ends["killed"]
+    assert whole is not None
+    assert killed is not None
+    assert killed.step == 12
+    assert killed.state["curve"] == whole.state["curve"]
+    for name, p in whole.state["maml"]["model"].items():
+        assert torch.equal(killed.state["maml"]["model"][name], p)
+
+
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
