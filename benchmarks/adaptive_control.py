@@ -289,6 +289,7 @@ def film(name: str, seed: int, size_name: str, runs: Path) -> None:
         raise ValueError(f"--video needs one of the robots; got {name!r}.")
     if load_checkpoint(run.folder / "meta") is None:
         raise ValueError(f"--video needs the models of seed {seed}; there are none in {run.folder}.")
+    run.open()
     key = derive_seed(seed, 1)
     for group, split in (("in range", "train"), ("outside", "test")):
         task = run.system.task(key, 1000 * 2 * [*GROUPS].index(group), split)

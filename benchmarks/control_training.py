@@ -58,7 +58,7 @@ def rate_at(update: int, total: int, peak: float) -> float:
 def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, updates: int, seed: int) -> None:
     """Train a model on whole episodes, to be planned with."""
     step, params, ahead = run.step(model, scales), dict(model.named_parameters()), run.size.ahead
-    learned = [p for name, p in model.named_parameters() if name != "gain"]  # the gains are 1 in all training
+    learned = [p for name, p in model.named_parameters() if name != "gain"]  # gains stay 1
     generator, optimizer, left_out = torch.Generator().manual_seed(seed), torch.optim.Adam(learned), 0
     for update in range(updates):
         for group in optimizer.param_groups:

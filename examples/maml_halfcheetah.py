@@ -253,8 +253,7 @@ def train(arguments, size, family, maml, outer, clock, writer):
     found = load_checkpoint(folder) if arguments.resume else None
     if found is not None:
         curve = found.state["curve"]
-        maml.policy.load_state_dict(found.state["policy"])
-        outer.optimizer.load_state_dict(found.state["optimizer"])
+        outer.load_state_dict(found.state["outer"])
         clock.seconds.update(found.state["seconds"])
         moments = RunningMoments(**found.state["moments"])
     with_one_step = size.iterations if arguments.iterations is None else arguments.iterations
@@ -288,8 +287,8 @@ def train(arguments, size, family, maml, outer, clock, writer):
             stops = len(curve) == arguments.stop_after
             if stops or stop or len(curve) % arguments.save_every == 0:
                 arguments.out.mkdir(parents=True, exist_ok=True)
-                state = {"policy": maml.policy.state_dict(), "optimizer": outer.optimizer.state_dict()}
-                state |= {"moments": moments._asdict(), "curve": curve, "seconds": dict(clock.seconds)}
+                state = {"outer": outer.state_dict(), "moments": moments._asdict(), "curve": curve}
+                state["seconds"] = dict(clock.seconds)
                 save_checkpoint(folder, len(curve), state)
                 stop.exit_if_asked()
             if stops:

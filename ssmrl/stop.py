@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -20,9 +21,13 @@ class StopSignal:
                     save_checkpoint(folder, step + 1, state)
                     stop.exit_if_asked()  # here, so that a signal that comes later waits for the next save
 
-    A second SIGINT raises KeyboardInterrupt at once, also in the midst of a save, which leaves the checkpoint before it
-    valid. Within the block the handlers that were there are not called; they come back after it. Where signals come
-    from, what a batch system sends before it kills a job included, is no matter.
+    A second SIGINT raises KeyboardInterrupt at once, also in the midst of a save, which leaves the checkpoint
+    before it valid. The handlers that were there come back after the block; a signal that was heard after its last
+    `exit_if_asked` is then given to them, so that none is lost. Processes that are forked within the block leave Ctrl-C
+    to this one, so that those of environments serve the update that is to be finished; SIGTERM ends them as usual.
+
+    Under `torch.distributed` ranks hear a signal at different updates, and one that stops by itself leaves the others
+    waiting: let them agree at every update, by an `all_reduce` of `bool(stop)` for instance.
 
     Raises:
         ValueError: entered in another thread than the main one, where Python takes no signals.
@@ -33,11 +38,12 @@ class StopSignal:
     def __init__(self) -> None:
         self._asked: int | None = None
         self._before: dict[int, Any] = {}
+        self._process = self._interrupts = 0
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("StopSignal must be entered in the main thread; Python takes signals in no other.")
-        self._asked = None
+        self._asked, self._interrupts, self._process = None, 0, os.getpid()
         self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
         return self
 
@@ -46,6 +52,8 @@ class StopSignal:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
+        if self._asked is not None and kind is None:
+            signal.raise_signal(self._asked)
 
     def __bool__(self) -> bool:
         """Whether a signal has come."""
@@ -61,6 +69,13 @@ class StopSignal:
             raise SystemExit(128 + self._asked)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and number == signal.SIGINT:
+        if os.getpid() != self._process:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
-        self._asked = number
+        if self._asked is None:
+            self._asked = number

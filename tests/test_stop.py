@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -65,11 +66,19 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_a_checkpoint(tmp_path):
         if line == "saving\n":
             break
     process.send_signal(signal.SIGTERM)  # asks for what is asked already
+    time.sleep(0.2)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert error.rstrip().endswith("KeyboardInterrupt")
     assert process.returncode == -signal.SIGINT
     assert load_checkpoint(tmp_path) is not None
+
+
+def stopped_within(stop):
+    with stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.exit_if_asked()
 
 
 def test_handlers_come_back_and_the_signal_is_forgotten_by_the_next_block():
@@ -83,14 +92,40 @@ def test_handlers_come_back_and_the_signal_is_forgotten_by_the_next_block():
             assert stop
             with pytest.raises(SystemExit, match="143"):
                 stop.exit_if_asked()
-        assert heard == []
+            assert heard == []
+        assert heard == [signal.SIGTERM]  # which nobody has acted on
         os.kill(os.getpid(), signal.SIGTERM)
-        assert heard == [signal.SIGTERM]
+        assert heard == [signal.SIGTERM] * 2
         with stop:
             assert not stop
             stop.exit_if_asked()
+        with pytest.raises(SystemExit):
+            stopped_within(stop)
+        assert heard == [signal.SIGTERM] * 2  # of the last one the block has made an end itself
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+FORKED = """
+import multiprocessing, os, signal, time
+from ssmrl.stop import StopSignal
+
+with StopSignal() as stop:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.5)
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(0.5)
+    print(child.is_alive())
+    child.terminate()
+    child.join(10)
+    print(child.exitcode)
+"""
+
+
+def test_a_process_that_is_forked_within_it_leaves_interrupts_to_its_parent_and_can_be_ended():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "-15"]
 
 
 def test_in_another_thread_it_is_refused():

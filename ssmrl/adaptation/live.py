@@ -138,8 +138,9 @@ class LiveModel:
         Args:
             example: x, y, hidden and reset of one stream, whose shapes it was begun for.
         """
-        if stream is None or example is None:
+        if stream is None:
             return None
+        assert example is not None
         x, y, hidden, reset = example
         if isinstance(stream.buffer, Buffer) and isinstance(stream.buffer.reset, Tensor):  # it may have come later
             reset = torch.zeros(x.shape[:1], dtype=torch.bool, device=x.device)

@@ -26,6 +26,8 @@ class StreamsSnapshot(NamedTuple):
 
     streams: Stream | None
     active: Tensor
+    example: Any = None
+    """Data like those of one stream that they were begun for."""
 
 
 class StreamAdapter:
@@ -206,13 +208,14 @@ class StreamAdapter:
     def snapshot(self) -> StreamsSnapshot:
         """A copy of everything that is carried from update to update."""
         streams = None if self._streams is None else tree_map(torch.clone, self._streams)
-        return StreamsSnapshot(streams, self._active.clone())
+        return StreamsSnapshot(streams, self._active.clone(), self._example)
 
     def restore(self, snapshot: StreamsSnapshot) -> None:
         """Go back to a snapshot of this adapter, bit for bit; it can be restored again."""
         self._streams = None if snapshot.streams is None else tree_map(torch.clone, snapshot.streams)
         self._active = snapshot.active.clone()
         self._all_active = bool(self._active.all())
+        self._example = snapshot.example
 
     def state_dict(self) -> dict[str, Any]:
         """Anchor, and all that is carried from update to update: a tree for `save_checkpoint`."""

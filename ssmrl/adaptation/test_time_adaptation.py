@@ -120,6 +120,8 @@ class Snapshot(NamedTuple):
 
     weights: dict[str, Tensor]
     stream: Stream | None
+    example: Any = None
+    """Data like those that the stream was begun for."""
 
 
 class Adapter:
@@ -244,13 +246,14 @@ class Adapter:
     def snapshot(self) -> Snapshot:
         """A copy of the adapted weights and of everything that is carried from update to update."""
         stream = None if self._stream is None else tree_map(torch.clone, self._stream)
-        return Snapshot(self._live.weights(), stream)
+        return Snapshot(self._live.weights(), stream, self._example)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this adapter, bit for bit; it can be restored again."""
         self._live.load(snapshot.weights)
         stream = snapshot.stream
         self._stream = None if stream is None else tree_map(torch.clone, stream)
+        self._example = snapshot.example
 
     def state_dict(self) -> dict[str, Any]:
         """Anchor, weights, and all that is carried from update to update: a tree for `save_checkpoint`."""

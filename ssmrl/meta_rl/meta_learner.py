@@ -99,11 +99,12 @@ class MetaLearner:
         Raises:
             ValueError: tasks that do not agree on N, or none.
             FloatingPointError: a loss or the meta-gradient is not finite, and `nonfinite` does not leave the update
-                out; the meta-parameters and the outer optimizer are as before.
+                out; the meta-parameters and the outer optimizer are as before, unless the step made them not finite.
         """
         given = count_tasks(tasks)
         if self.own_tasks:
-            number, mine = self.shards.places(given, self._leaves()[0])
+            counts = self.shards.counts(given, self._leaves()[0])
+            number, mine = sum(counts), self.shards.place(counts)
         else:
             number, mine = given, self.shards.share(given)
             tasks = pytree.tree_map(lambda t: t[mine], tasks)

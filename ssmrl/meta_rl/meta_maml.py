@@ -178,7 +178,7 @@ class MetaMAML:
             TypeError, ValueError: tasks or states that do not fit, or data that are not finite.
             FloatingPointError: the meta-loss or the meta-gradient is not finite, and `nonfinite` does not leave the
                 update out; it names the tasks or parameters.
-            After an error the model and the outer optimizer are as before.
+            After an error the model and the outer optimizer are as before, unless a step made weights not finite.
         """
         params = trainable_parameters(self.model)
         state = _as_leaves(initial_hidden_state)

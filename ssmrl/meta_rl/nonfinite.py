@@ -27,6 +27,9 @@ class NonFinite:
     - "roll back": leave it out, and go back to the weights and the outer optimizer of at most `every` updates before.
       For runs whose weights are near to where everything runs away.
 
+    Losses and gradients are looked at before the step is made. A step on finite ones that makes a weight not finite, as
+    a rate that is far too high does, cannot be taken back by "raise" and "skip", and is an error with both.
+
     Raises:
         TypeError, ValueError: another action, or a number out of its range.
     """

@@ -258,6 +258,7 @@ class GradientOuter:
         check_rate("exploration_weight", exploration_weight)
         outer_loss = partial(maml.losses.clipped, clip=clip) if outer_loss is None else outer_loss
         weights = {"divergence_weight": divergence_weight, "exploration_weight": exploration_weight}
+        self.maml = maml
         self.num_steps = num_steps
         self.num_minibatches = num_minibatches
         self.learner = MetaLearner(
@@ -294,12 +295,15 @@ class GradientOuter:
             FloatingPointError: a loss or gradient is not finite, and `nonfinite` does not leave the step out; steps
                 before it were made.
         """
-        shards, num_tasks = self.learner.shards, collected.returns.shape[1]
-        after = shards.gathered(collected.returns[-1])
-        tasks: Any = (collected.batches, _gain(after)[shards.places(num_tasks, after)[1]])
-        size, rest = divmod(num_tasks, self.num_minibatches)
-        if rest or not size:
-            raise ValueError(f"`num_minibatches` = {self.num_minibatches} must divide the {num_tasks} tasks.")
+        shards, like = self.learner.shards, next(self.maml.policy.parameters())
+        returns = collected.returns[-1].to(like.device)  # where the ranks' group communicates from
+        counts = shards.counts(len(returns), like)
+        if any(count % self.num_minibatches for count in counts):
+            of = f"the {counts[0]} tasks" if len(counts) == 1 else f"every rank's tasks, of which there are {counts}"
+            raise ValueError(f"`num_minibatches` = {self.num_minibatches} must divide {of}.")
+        gain = _gain(shards.gathered(returns, counts))[shards.place(counts)]
+        tasks: Any = (collected.batches, gain)
+        size = len(returns) // self.num_minibatches
         parts = [part for _, part in split_tasks(tasks, size)]
         return [self.learner.update(part) for _ in range(self.num_steps) for part in parts]
 

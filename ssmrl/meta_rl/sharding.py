@@ -40,29 +40,31 @@ class Shards:
         """Return the part of so many tasks that is this rank's; parts differ by one task at most, and may be empty."""
         return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
-    def places(self, number: int, like: Tensor) -> tuple[int, slice]:
-        """Of tasks of which every rank has some of its own: how many there are, and which places are this rank's.
+    def counts(self, number: int, like: Tensor) -> list[int]:
+        """How many tasks of its own every rank has, of which this one has `number`.
 
         Args:
-            number: of this rank's tasks.
             like: a tensor on the device that the group communicates from.
         """
-        if self.group is None:
-            return number, slice(0, number)
-        mine = torch.tensor([number], device=like.device)
-        every = torch.empty(self.size, dtype=mine.dtype, device=like.device)
-        dist.all_gather_into_tensor(every, mine, group=self.group)
-        ends = every.cumsum(0).tolist()
-        return ends[-1], slice(ends[self.rank] - number, ends[self.rank])
+        every = torch.zeros(self.size, dtype=torch.int64, device=like.device)
+        every[self.rank] = number
+        if self.group is not None:
+            dist.all_reduce(every, group=self.group)
+        found: list[int] = every.tolist()
+        return found
+
+    def place(self, counts: Sequence[int]) -> slice:
+        """Where this rank's own tasks are among all, those of one rank after those of another."""
+        begin = sum(counts[: self.rank])
+        return slice(begin, begin + counts[self.rank])
 
     @torch.no_grad()
-    def gathered(self, values: Tensor) -> Tensor:
-        """(N,) of every rank, one after the other; as many as every rank has."""
+    def gathered(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        """(N,) values of all tasks from those of every rank's own, (counts[rank],)."""
         if self.group is None:
             return values
-        number, mine = self.places(len(values), values)
-        every = values.new_zeros(number)
-        every[mine] = values
+        every = values.new_zeros(sum(counts))
+        every[self.place(counts)] = values
         dist.all_reduce(every, group=self.group)
         return every
 

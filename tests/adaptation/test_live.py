@@ -198,3 +198,29 @@ def test_a_state_of_another_adapter_is_refused_and_changes_nothing():
     leaves = [leaf for leaf in zip(tree_flatten(before)[0], tree_flatten(after)[0], strict=True) if leaf[0] is not None]
     assert len(leaves) > 20
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in leaves)
+
+
+@pytest.mark.parametrize("kind", [Adapter, StreamAdapter])
+def test_what_is_restored_can_be_saved(kind):
+    """A snapshot carries the shapes of its data: between it and its return there may have been others, or none."""
+    first, second = (one_of(kind, MODELS["ssm"], CONFIGS["all"], 0) for _ in range(2))
+    driven(first, range(4), torch.zeros(3, 4), torch.Generator().manual_seed(0))
+    taken = first.snapshot()
+    first.load_state_dict(second.state_dict())  # of before any update
+    assert first.counts is None
+    first.restore(taken)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 3)
+    losses = [torch.as_tensor(a.update_step(x, x[:, :2], torch.zeros(3, 4))[0]) for a in (first, second)]
+    assert torch.equal(*losses)
+
+
+def test_a_block_with_data_of_other_shapes_leaves_no_trace_in_what_is_saved():
+    first, second = (one_of(Adapter, MODELS["ssm"], CONFIGS["window"], 0) for _ in range(2))
+    driven(first, range(4), torch.zeros(3, 4), torch.Generator().manual_seed(0))
+    with first:
+        first.reset()
+        first.update_step(torch.randn(1, 3), torch.randn(1, 2), torch.zeros(1, 4))
+    first.update_step(torch.randn(3, 3), torch.randn(3, 2), torch.zeros(3, 4))
+    second.load_state_dict(first.state_dict())
+    assert second.counts == first.counts

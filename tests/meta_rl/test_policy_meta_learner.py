@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ssmrl.meta_rl import (
     Collected,
     GaussianHead,
     GradientOuter,
+    NonFinite,
     PolicyBatch,
     PolicyMAML,
     PolicyModel,
@@ -345,3 +347,34 @@ def test_what_is_out_of_range_is_refused():
         TrustRegionOuter(maml, curvature_share=0.0)
     with pytest.raises(ValueError, match="exploration_weight"):
         TrustRegionOuter(maml, exploration_weight=-1.0)
+
+
+def test_gradient_steps_go_on_from_a_saved_state_to_the_same_bits_with_one_left_out():
+    def start(seed):
+        policy = make(seed=seed)
+        rates = learning_rates(dict(policy.named_parameters()), 0.1)
+        maml = PolicyMAML(policy, torchopt.chain(scale_by_learning_rates(rates)))
+        adam = torch.optim.Adam([*policy.parameters(), *rates.values()], 0.01)
+        outer = GradientOuter(maml, outer_optimizer=adam, num_steps=2, nonfinite=NonFinite("skip", at_most=2))
+        return policy, maml, outer
+
+    def steps(maml, outer, policy, numbers):
+        for n in numbers:
+            collected = maml.collect(collector(policy, seed=n), TASKS)
+            if n == 1:
+                broken = collected.batches[-1]
+                broken = broken._replace(advantage=torch.full_like(broken.advantage, torch.nan))
+                collected = collected._replace(batches=(*collected.batches[:-1], broken))
+            losses = outer.step(collected)
+            assert all(map(math.isnan, losses)) == (n == 1)
+
+    policy, maml, outer = start(0)
+    steps(maml, outer, policy, range(4))
+    first_policy, first_maml, first = start(0)
+    steps(first_maml, first, first_policy, range(2))
+    second_policy, second_maml, second = start(1)
+    second.load_state_dict(first.state_dict())
+    steps(second_maml, second, second_policy, range(2, 4))
+    assert all(map(torch.equal, policy.parameters(), second_policy.parameters()))
+    assert all(map(torch.equal, maml.rates, second_maml.rates))
+    assert second.learner.left_out == outer.learner.left_out == 2

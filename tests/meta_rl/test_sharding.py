@@ -193,7 +193,7 @@ def reductions(group, rank):
 def of_ranks(tmp_path_factory):
     """What every rank found in every scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
     processes = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(WORLD)
