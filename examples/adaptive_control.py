@@ -7,7 +7,7 @@ never met: with physics in the range of the training, outside of it, and with ph
 Beside it are the planner on the true physics, the same model without adaptation, the model before meta-training, which
 knows the physics by its hidden state alone, and that model with the same gradient steps.
 
-    python examples/adaptive_control.py               # some eight minutes on two cores
+    python examples/adaptive_control.py               # some ten minutes on two cores
     python examples/adaptive_control.py --resume      # go on with a run that was stopped
     python examples/adaptive_control.py --size tiny
 """
@@ -31,7 +31,7 @@ from torch.func import vmap
 from tqdm import tqdm
 
 from ssmrl import AdaptationConfig, Environment, StateSpaceModel, StreamAdapter
-from ssmrl.adaptation import Guard, Window, learning_rates, scale_by_learning_rates
+from ssmrl.adaptation import Guard, Window, learning_rates, reset_on_rise, scale_by_learning_rates
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.env_runner import derive_seed, make_with_physics, rollout
 from ssmrl.meta_rl import (
@@ -327,8 +327,14 @@ def test(arguments, size, hidden, model, rates, rate, scales):
             later.append(other if changing else one)
             changes.append({change: other} if changing else None)
 
-    window = Window(WINDOW, minimum=LENGTHS[0])
-    adapts = partial(AdaptationConfig, num_steps=NUM_STEPS, window=window, from_anchor=True, guard=Guard(allowance=0.3))
+    adapts = partial(
+        AdaptationConfig,
+        num_steps=NUM_STEPS,
+        window=Window(WINDOW, minimum=LENGTHS[0]),
+        from_anchor=True,
+        guard=Guard(allowance=0.3),
+        reset=reset_on_rise(3.0, keep=LENGTHS[0]),  # what was seen before a change of physics is of no use after it
+    )
     policy = partial(control, arguments, scales=scales, num_streams=len(physics), seed=seed)
     ways: dict[str, Callable] = {
         "true physics": knows_the_physics(arguments, physics, later, change, seed),
