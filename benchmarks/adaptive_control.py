@@ -143,8 +143,6 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
         model.load_state_dict(weights)
         return model
 
-    hidden = start(run.recurrent, found["model"])
-
     def perceptron() -> nn.Module:
         torch.manual_seed(run.seed)
         model = run.stateless(scales)
@@ -153,6 +151,8 @@ def ways_of(run: Run, tasks: list[Task], later: list[Task], seed: int) -> dict[s
 
     def recurrent() -> nn.Module:
         return start(run.recurrent, found["model"])
+
+    hidden = recurrent()
 
     # Name of the files -> how the steps are, what is meta-trained, and by what.
     makers: dict[str, tuple[Run, Callable[[], nn.Module], Callable[..., dict[str, Any]]]] = {

@@ -111,6 +111,10 @@ class LiveModel:
         """Copies of the live weights that adapt, by name."""
         return {name: p.detach().clone() for name, p in self.params.items()}
 
+    def anchor(self) -> dict[str, Tensor]:
+        """Copies of the weights that adaptation begins from, by name."""
+        return {name: p.clone() for name, p in self.named(self.rules.anchor).items()}
+
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
         """Write these weights into the model."""

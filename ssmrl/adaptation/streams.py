@@ -221,7 +221,7 @@ class StreamAdapter:
         """Anchor, and all that is carried from update to update: a tree for `save_checkpoint`."""
         live = self._live
         return {
-            "anchor": {name: p.clone() for name, p in live.named(live.rules.anchor).items()},
+            "anchor": live.anchor(),
             "active": self._active.clone(),
             "streams": live.saved(self._streams, self._example),
         }

@@ -259,7 +259,7 @@ class Adapter:
         """Anchor, weights, and all that is carried from update to update: a tree for `save_checkpoint`."""
         live = self._live
         return {
-            "anchor": {name: p.clone() for name, p in live.named(live.rules.anchor).items()},
+            "anchor": live.anchor(),
             "weights": live.weights(),
             "stream": live.saved(self._stream, self._example),
         }

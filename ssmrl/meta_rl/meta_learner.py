@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -109,8 +108,7 @@ class MetaLearner:
             number, mine = given, self.shards.share(given)
             tasks = pytree.tree_map(lambda t: t[mine], tasks)
         chunks = split_tasks(tasks, self.chunk_size) if mine.start < mine.stop else []
-        loss = self.outer_step.updates(lambda: self._update(chunks, number, mine))
-        return math.nan if loss is None else loss
+        return self.outer_step.updates(lambda: self._update(chunks, number, mine))
 
     @property
     def left_out(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -184,8 +183,7 @@ class MetaMAML:
         state = _as_leaves(initial_hidden_state)
         groups = group_tasks(tasks, state, _first(params))
         self._check_learned(state)
-        loss = self.outer_step.updates(lambda: self._update(params, groups, loss_fn))
-        return math.nan if loss is None else loss
+        return self.outer_step.updates(lambda: self._update(params, groups, loss_fn))
 
     @property
     def left_out(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from ssmrl.adaptation.optim import check_num_steps
 __all__ = ["NonFinite", "Updates"]
 
 Action = Literal["raise", "skip", "roll back"]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Updates:
         self._copy: dict[str, Any] | None = None
         self._since = 0  # good updates since the copy
 
-    def __call__(self, update: Callable[[], Result]) -> Result | None:
-        """Return what the update returns, or None where it was left out.
+    def __call__(self, update: Callable[[], float]) -> float:
+        """Return the loss that the update returns, or NaN where it was left out.
 
         Args:
             update: makes a step, or raises FloatingPointError and leaves all as it was.
@@ -88,13 +88,13 @@ class Updates:
             self._copy, self._since = self._copied(), 0
         self.made += 1
         try:
-            result = update()
+            loss = update()
             self._check_weights()
         except FloatingPointError as error:
             self._leave_out(error)
-            return None
+            return math.nan
         self._since += 1
-        return result
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and the copy that "roll back" would go back to: a tree for `save_checkpoint`."""
