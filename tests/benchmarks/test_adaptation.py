@@ -17,12 +17,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def adaptation() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("adaptation")
-    finally:
-        sys.path.remove(str(FOLDER))
+def adaptation(import_benchmark) -> Any:
+    return import_benchmark("adaptation")
 
 
 @pytest.fixture(scope="module")

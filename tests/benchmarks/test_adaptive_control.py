@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -18,12 +17,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def study() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("adaptive_control")
-    finally:
-        sys.path.remove(str(FOLDER))
+def study(import_benchmark) -> Any:
+    return import_benchmark("adaptive_control")
 
 
 def test_of_a_change_only_what_comes_after_it_counts(study):

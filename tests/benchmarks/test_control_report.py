@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def report() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("control_report")
-    finally:
-        sys.path.remove(str(FOLDER))
+def report(import_benchmark) -> Any:
+    return import_benchmark("control_report")
 
 
 def result(returns):

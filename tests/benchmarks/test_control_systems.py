@@ -18,12 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def control_systems() -> Any:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("control_systems")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def control_systems(import_benchmark) -> Any:
+    return import_benchmark("control_systems")
 
 
 @pytest.fixture(scope="module")

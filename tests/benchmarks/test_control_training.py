@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +13,8 @@ from ssmrl.meta_rl import Transitions
 
 
 @pytest.fixture(scope="module")
-def training() -> Any:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    try:
-        yield importlib.import_module("control_training")
-    finally:
-        sys.path.pop(0)
+def training(import_benchmark) -> Any:
+    return import_benchmark("control_training")
 
 
 def parts(training, tmp_path, kind="classic"):
