@@ -247,8 +247,7 @@ def train(arguments, size, policy, folder):
     found = load_checkpoint(folder) if arguments.resume else None
     if found is not None:
         start, curve, seconds = found.step, found.state["curve"], found.state["seconds"]
-        policy.load_state_dict(found.state["policy"])
-        optimizer.load_state_dict(found.state["optimizer"])
+        ppo.load_state_dict(found.state["ppo"])
     writer = tensorboard_writer(arguments.out) if arguments.tensorboard else None
     ends = torch.zeros(rows, steps, dtype=torch.bool)
     ends[:, -1] = True
@@ -276,8 +275,8 @@ def train(arguments, size, policy, folder):
                 for name, value in update._asdict().items():
                     writer.add_scalar(name, value, iteration)
             if signal or (iteration + 1) % arguments.save_every == 0 or iteration + 1 == iterations:
-                state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
-                save_checkpoint(folder, iteration + 1, {**state, "seconds": time.time() - began})
+                state = {"ppo": ppo.state_dict(), "curve": curve, "seconds": time.time() - began}
+                save_checkpoint(folder, iteration + 1, state)
                 signal.exit_if_asked()
             shown = {"return": f"{curve[-1]:.2f}", "KL": f"{update.divergence:.4f}", "H": f"{update.entropy:.2f}"}
             bar.set_postfix(shown)

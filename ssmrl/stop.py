@@ -8,6 +8,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
+from ssmrl.sharding import Shards
+
 __all__ = ["StopSignal"]
 
 
@@ -26,16 +30,22 @@ class StopSignal:
     `exit_if_asked` is then given to them, so that none is lost. Processes that are forked within the block leave Ctrl-C
     to this one, so that those of environments serve the update that is to be finished; SIGTERM ends them as usual.
 
-    Under `torch.distributed` ranks hear a signal at different updates, and one that stops by itself leaves the others
-    waiting: let them agree at every update, by an `all_reduce` of `bool(stop)` for instance.
+    Ranks of `torch.distributed` hear a signal at different updates, and one that stops by itself leaves the others
+    waiting. With their group, `stop` asks all of them, and is True on all where one has heard a signal.
+
+    Args:
+        process_group: of `torch.distributed`, whose ranks all ask for `stop` equally often. None: one process.
 
     Raises:
+        TypeError: a group of another kind, or one that this process is not in.
         ValueError: entered in another thread than the main one, where Python takes no signals.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._shards = Shards(process_group)
+        self._agreed = 0  # the signal that ranks have agreed on, at the last time of asking
         self._asked: int | None = None
         self._before: dict[int, Any] = {}
         self._process = self._interrupts = 0
@@ -43,7 +53,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("StopSignal must be entered in the main thread; Python takes signals in no other.")
-        self._asked, self._interrupts, self._process = None, 0, os.getpid()
+        self._asked, self._interrupts, self._agreed, self._process = None, 0, 0, os.getpid()
         self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
         return self
 
@@ -56,17 +66,21 @@ class StopSignal:
             signal.raise_signal(self._asked)
 
     def __bool__(self) -> bool:
-        """Whether a signal has come."""
-        return self._asked is not None
+        """Whether a signal has come, to any rank."""
+        if self._shards.group is None:
+            return self._asked is not None
+        self._agreed = self._shards.largest(self._asked or 0)
+        return self._agreed > 0
 
     def exit_if_asked(self) -> None:
-        """End the process if a signal has come.
+        """End the process if a signal has come; with a group, if one had come when `stop` was asked for last.
 
         Raises:
             SystemExit: with 128 + the number of the signal, as shells have it: 143 for SIGTERM, 130 for SIGINT.
         """
-        if self._asked is not None:
-            raise SystemExit(128 + self._asked)
+        number = self._asked if self._shards.group is None else self._agreed
+        if number:
+            raise SystemExit(128 + number)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:

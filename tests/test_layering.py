@@ -14,8 +14,8 @@ ROOT = Path(ssmrl.__file__).parent
 
 ALLOWED = {
     "core": {"torch", "safetensors", "ssmrl.core"},
-    "adaptation": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation"},
-    "meta_rl": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.meta_rl"},
+    "adaptation": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.sharding"},
+    "meta_rl": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.meta_rl", "ssmrl.sharding"},
     "env_runner": {"gymnasium", "numpy", "torch", "ssmrl.env_runner", "metaworld", "minari", "mujoco"},
 }
 EXTRAS = {"metaworld", "minari", "mujoco"}

@@ -43,7 +43,8 @@ from ssmrl.meta_rl.planning import Decision, Planned, Planner, cem, mppi, random
 from ssmrl.meta_rl.policies import CategoricalHead, GaussianHead, PolicyModel, PolicyOutput
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses, linear_advantages
 from ssmrl.meta_rl.policy_maml import adapt_policy, policy_meta_loss
-from ssmrl.meta_rl.policy_meta_learner import Collected, GradientOuter, PolicyMAML, TrustRegionOuter
+from ssmrl.meta_rl.policy_meta_learner import Collected, PolicyMAML
+from ssmrl.meta_rl.policy_outer import GradientOuter, TrustRegionOuter
 from ssmrl.meta_rl.ppo import PPO, PPOTerms, PPOUpdate, ppo_loss
 from ssmrl.meta_rl.returns import discounted_returns, generalized_advantages, lambda_returns, normalize_advantages
 from ssmrl.meta_rl.scores import (

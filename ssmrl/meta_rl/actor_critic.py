@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -74,6 +75,7 @@ def actor_critic_batch(
     gamma: float = 0.99,
     lam: float = 0.95,
     normalize: bool = True,
+    process_group: dist.ProcessGroup | None = None,
 ) -> ActorCriticBatch:
     """A_t and targets A_t + v_t by GAE(γ, λ) with the policy's own values, and the distributions that acted.
 
@@ -92,6 +94,7 @@ def actor_critic_batch(
         hidden_state: before the first step, leaves (B, ...); None: the policy's initial one.
         gamma, lam: γ and λ in [0, 1].
         normalize: bring the advantages of all rows to mean 0 and deviation 1: `normalize_advantages`.
+        process_group: all rows are then those of all its ranks.
 
     Raises:
         TypeError, ValueError: shapes that differ, masks that are not Bool, γ or λ out of range, a policy without a
@@ -122,7 +125,7 @@ def actor_critic_batch(
     )
     target = advantage + value
     if normalize:
-        advantage = normalize_advantages(advantage, valid)
+        advantage = normalize_advantages(advantage, valid, process_group=process_group)
     return ActorCriticBatch(x, action, reset, valid, advantage, target, value, old, hidden_state)
 
 

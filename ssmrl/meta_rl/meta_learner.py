@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from torchopt import pytree
 from ssmrl.adaptation.optim import check_num_steps, check_rate
 from ssmrl.adaptation.trace import Traced, check_compile
 from ssmrl.meta_rl.nonfinite import NonFinite, Updates
-from ssmrl.meta_rl.sharding import Shards
+from ssmrl.sharding import Shards
 
 __all__ = ["MetaLearner"]
 
@@ -108,7 +109,7 @@ class MetaLearner:
             number, mine = given, self.shards.share(given)
             tasks = pytree.tree_map(lambda t: t[mine], tasks)
         chunks = split_tasks(tasks, self.chunk_size) if mine.start < mine.stop else []
-        return self.outer_step.updates(lambda: self._update(chunks, number, mine))
+        return self.outer_step.updates(lambda: self._update(chunks, number, mine), math.nan)
 
     @property
     def left_out(self) -> int:
@@ -250,7 +251,7 @@ class OuterStep:
                 f"outer_lr = {outer_lr} would be ignored: outer_optimizer has a rate of its own; give one of the two."
             )
         self.optimizer = optimizer
-        self.updates = Updates(nonfinite, optimizer)
+        self.updates = Updates(nonfinite, self.learned, optimizer)
         self.max_grad_norm = max_grad_norm
         if not {id(p) for p in params} & {id(p) for p in self.learned()}:
             raise ValueError(

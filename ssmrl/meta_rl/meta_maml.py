@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -37,8 +38,8 @@ from ssmrl.meta_rl.meta_learner import (
 )
 from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
-from ssmrl.meta_rl.sharding import Shards
 from ssmrl.meta_rl.tasks import Task, TaskGroup, Tasks, expand_state, group_tasks, shared_out
+from ssmrl.sharding import Shards
 
 __all__ = ["MetaMAML"]
 
@@ -183,7 +184,7 @@ class MetaMAML:
         state = _as_leaves(initial_hidden_state)
         groups = group_tasks(tasks, state, _first(params))
         self._check_learned(state)
-        return self.outer_step.updates(lambda: self._update(params, groups, loss_fn))
+        return self.outer_step.updates(lambda: self._update(params, groups, loss_fn), math.nan)
 
     @property
     def left_out(self) -> int:

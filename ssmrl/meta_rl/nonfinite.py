@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ssmrl.adaptation.optim import check_num_steps
 
-__all__ = ["NonFinite", "Updates"]
+__all__ = ["NonFinite", "Updates", "copy_of", "go_back"]
 
+Result = TypeVar("Result")
 Action = Literal["raise", "skip", "roll back"]
 
 
@@ -24,7 +24,7 @@ class NonFinite:
 
     - "raise": end with a FloatingPointError that names tasks or parameters; the model is as before the update.
     - "skip": leave the update out, and count it. For tasks whose inner steps run away now and then.
-    - "roll back": leave it out, and go back to the weights and the outer optimizer of at most `every` updates before.
+    - "roll back": leave it out, and go back to the weights and the optimizer of at most `every` updates before.
       For runs whose weights are near to where everything runs away.
 
     Losses and gradients are looked at before the step is made. A step on finite ones that makes a weight not finite, as
@@ -57,25 +57,32 @@ class Updates:
 
     Args:
         nonfinite: the policy; None: "raise".
-        optimizer: holds what the updates change.
+        learned: gives what the updates change.
+        optimizer: what learns it, if anything does that is to go back with it.
 
     Attributes:
         made: how many updates were asked for.
         left_out: how many of them were left out.
     """
 
-    def __init__(self, nonfinite: NonFinite | None, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        nonfinite: NonFinite | None,
+        learned: Callable[[], Sequence[Tensor]],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         if nonfinite is not None and not isinstance(nonfinite, NonFinite):
             raise TypeError(f"nonfinite must be a NonFinite; got {type(nonfinite).__name__}.")
         self.nonfinite = NonFinite() if nonfinite is None else nonfinite
+        self.learned = learned
         self.optimizer = optimizer
         self.made = self.left_out = 0
         self._recent: list[int] = []  # those of the last `of_last` updates that were left out
         self._copy: dict[str, Any] | None = None
         self._since = 0  # good updates since the copy
 
-    def __call__(self, update: Callable[[], float]) -> float:
-        """Return the loss that the update returns, or NaN where it was left out.
+    def __call__(self, update: Callable[[], Result], otherwise: Result) -> Result:
+        """Return what the update returns, or `otherwise` where it was left out.
 
         Args:
             update: makes a step, or raises FloatingPointError and leaves all as it was.
@@ -85,16 +92,16 @@ class Updates:
         """
         rolls_back = self.nonfinite.action == "roll back"
         if rolls_back and (self._copy is None or self._since >= self.nonfinite.every):
-            self._copy, self._since = self._copied(), 0
+            self._copy, self._since = copy_of(self.learned(), self.optimizer), 0
         self.made += 1
         try:
-            loss = update()
+            result = update()
             self._check_weights()
         except FloatingPointError as error:
             self._leave_out(error)
-            return math.nan
+            return otherwise
         self._since += 1
-        return loss
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and the copy that "roll back" would go back to: a tree for `save_checkpoint`."""
@@ -115,7 +122,7 @@ class Updates:
         policy = self.nonfinite
         unharmed = self._weights_finite()
         if policy.action == "roll back" and self._copy is not None:
-            self._restore(self._copy)
+            go_back(self._copy, self.learned(), self.optimizer)
             self._since = 0
         elif policy.action == "raise" or not unharmed:
             raise error
@@ -129,7 +136,7 @@ class Updates:
 
     def _check_weights(self) -> None:
         if not self._weights_finite():
-            bad = [tuple(p.shape) for p in self._learned() if not bool(torch.isfinite(p).all())]
+            bad = [tuple(p.shape) for p in self.learned() if not bool(torch.isfinite(p).all())]
             raise FloatingPointError(
                 f"The outer step made weights of shapes {bad} not finite, and they are lost. Lower the outer rate, go "
                 f'on from a checkpoint, or take nonfinite=NonFinite("roll back").'
@@ -137,20 +144,22 @@ class Updates:
 
     @torch.no_grad()
     def _weights_finite(self) -> bool:
-        return bool(torch.isfinite(nn.utils.get_total_norm(self._learned(), torch.inf)))
+        return bool(torch.isfinite(nn.utils.get_total_norm(self.learned(), torch.inf)))
 
-    def _learned(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _copied(self) -> dict[str, Any]:
-        return {
-            "learned": [p.detach().clone() for p in self._learned()],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()["state"]),
-        }
+def copy_of(learned: Sequence[Tensor], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """A copy of tensors, and of the state of the optimizer that learns them, that `go_back` goes back to."""
+    return {
+        "learned": [p.detach().clone() for p in learned],
+        "optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()["state"]),
+    }
 
-    @torch.no_grad()
-    def _restore(self, state: dict[str, Any]) -> None:
-        for p, value in zip(self._learned(), state["learned"], strict=True):
-            p.copy_(value)
-        now = self.optimizer.state_dict()["param_groups"]  # a schedule of rates goes on
-        self.optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]), "param_groups": now})
+
+@torch.no_grad()
+def go_back(to: dict[str, Any], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Write a copy back; rates and other settings of the optimizer stay, so that a schedule of them goes on."""
+    for p, value in zip(learned, to["learned"], strict=True):
+        p.copy_(value)
+    if optimizer is not None:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": copy.deepcopy(to["optimizer"]), "param_groups": groups})

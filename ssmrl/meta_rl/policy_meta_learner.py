@@ -7,25 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_map
 from torchopt.base import GradientTransformation
 
-from ssmrl.adaptation.optim import check_num_steps, check_optimizer, check_rate, learned_tensors, with_tensors
+from ssmrl.adaptation.optim import check_num_steps, check_optimizer, learned_tensors, with_tensors
 from ssmrl.adaptation.select import Selector, select, split, trainable_parameters
 from ssmrl.meta_rl.evaluation import AdaptationReturns, adaptation_returns
-from ssmrl.meta_rl.meta_learner import MetaLearner, map_over_tasks, split_tasks
-from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.policy_batch import PolicyBatch, PolicyLosses
 from ssmrl.meta_rl.policy_maml import Loss, adapt_policy, policy_meta_loss
-from ssmrl.meta_rl.trust_region import TrustRegionStep, trust_region_step
 
-__all__ = ["Collected", "GradientOuter", "PolicyMAML", "TrustRegionOuter"]
+__all__ = ["Collected", "PolicyMAML", "parameters_after"]
 
 Params = dict[str, Tensor]
 Collect = Callable[[Params, int], tuple[PolicyBatch, Tensor]]
@@ -188,7 +183,7 @@ class PolicyMAML:
         """`(batches, k) -> (batch, returns)`: what `collect` makes with the parameters that batches D_0, ... give."""
 
         def with_adapted(batches: list[PolicyBatch], k: int) -> tuple[PolicyBatch, Tensor]:
-            batch, returns = collect(_after(self, batches, num_tasks), k)
+            batch, returns = collect(parameters_after(self, batches, num_tasks), k)
             if returns.shape != (num_tasks,):
                 raise ValueError(
                     f"`collect` must return (batch, returns) with returns of shape (N,) = ({num_tasks},); got "
@@ -209,174 +204,6 @@ class PolicyMAML:
         return with_tensors(self.inner_optimizer, self.rates, rates) if self.rates else self.inner_optimizer
 
 
-class GradientOuter:
-    """Outer steps on a surrogate of the return after adaptation, by any optimizer.
-
-    With `clipped` surrogates, 5 steps and a penalty it is ProMP (Rothfuss et al. 2019,
-    https://arxiv.org/abs/1810.06784, algorithm 1), whose defaults are these; with the likelihood ratio and one step it
-    is MAML with vanilla policy gradients.
-
-    Args:
-        maml: what it learns.
-        outer_loss: (params, batch) -> scalar; None: `maml.losses.clipped` with `clip`.
-        outer_lr: of Adam.
-        outer_optimizer: in place of Adam; what it holds is learned.
-        num_steps: passes over the same data.
-        num_minibatches: steps of each pass, on as many tasks each; tasks are split in order. N must be a multiple.
-        clip: ε of the default loss.
-        divergence_weight: η of ProMP's penalty.
-        exploration_weight: of E-MAML's term (Stadie et al. 2018, https://arxiv.org/abs/1803.01118): the data before
-            the inner steps are made likelier as far as the return of their task after adaptation is above the others'.
-        max_grad_norm, chunk_size, compile, nonfinite: as for `MetaLearner`.
-        process_group: of `torch.distributed`, whose ranks collect with tasks of their own, at least one each, and make
-            the same steps. Policy and rates are at first those of the first rank. None: one process.
-    """
-
-    def __init__(
-        self,
-        maml: PolicyMAML,
-        outer_loss: Loss | None = None,
-        *,
-        outer_lr: float | None = None,
-        outer_optimizer: torch.optim.Optimizer | None = None,
-        num_steps: int = 5,
-        num_minibatches: int = 1,
-        clip: float = 0.3,
-        divergence_weight: float = 0.0005,
-        exploration_weight: float = 0.0,
-        max_grad_norm: float | None = None,
-        chunk_size: int | None = None,
-        compile: bool | Literal["trace"] = False,
-        nonfinite: NonFinite | None = None,
-        process_group: dist.ProcessGroup | None = None,
-    ) -> None:
-        if check_num_steps("num_steps", num_steps) < 1:
-            raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-        if check_num_steps("num_minibatches", num_minibatches) < 1:
-            raise ValueError(f"`num_minibatches` must be at least 1; got {num_minibatches}.")
-        check_rate("divergence_weight", divergence_weight)
-        check_rate("exploration_weight", exploration_weight)
-        outer_loss = partial(maml.losses.clipped, clip=clip) if outer_loss is None else outer_loss
-        weights = {"divergence_weight": divergence_weight, "exploration_weight": exploration_weight}
-        self.maml = maml
-        self.num_steps = num_steps
-        self.num_minibatches = num_minibatches
-        self.learner = MetaLearner(
-            maml.task_loss(outer_loss, **weights),
-            maml.meta_params,
-            outer_lr=outer_lr,
-            outer_optimizer=outer_optimizer,
-            max_grad_norm=max_grad_norm,
-            chunk_size=chunk_size,
-            compile=compile,
-            nonfinite=nonfinite,
-            process_group=process_group,
-            own_tasks=True,
-        )
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """What makes the steps."""
-        return self.learner.outer_step.optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Policy parameters, rates, optimizer and counters: a tree for `ssmrl.checkpoint.save_checkpoint`."""
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, to the same bits."""
-        self.learner.load_state_dict(state)
-
-    def step(self, collected: Collected) -> list[float]:
-        """Make the steps on what was collected; return the loss before each, NaN of those that were left out.
-
-        Raises:
-            ValueError: `num_minibatches` does not divide the number of tasks.
-            FloatingPointError: a loss or gradient is not finite, and `nonfinite` does not leave the step out; steps
-                before it were made.
-        """
-        shards, like = self.learner.shards, next(self.maml.policy.parameters())
-        returns = collected.returns[-1].to(like.device)  # where the ranks' group communicates from
-        counts = shards.counts(len(returns), like)
-        if any(count % self.num_minibatches for count in counts):
-            of = f"the {counts[0]} tasks" if len(counts) == 1 else f"every rank's tasks, of which there are {counts}"
-            raise ValueError(f"`num_minibatches` = {self.num_minibatches} must divide {of}.")
-        gain = _gain(shards.gathered(returns, counts))[shards.place(counts)]
-        tasks: Any = (collected.batches, gain)
-        size = len(returns) // self.num_minibatches
-        parts = [part for _, part in split_tasks(tasks, size)]
-        return [self.learner.update(part) for _ in range(self.num_steps) for part in parts]
-
-
-class TrustRegionOuter:
-    """Outer steps by TRPO on the surrogate of the return after adaptation, as in the first publication of MAML.
-
-    Args:
-        maml: what it learns.
-        max_divergence: δ, on the mean divergence of the adapted policies from those that acted.
-        curvature_share: share of every task's episodes, before and after adaptation, that the curvature is computed on;
-            the line search holds the bound on all of them.
-        exploration_weight: of E-MAML's term, as for `GradientOuter`.
-        **options: of `trust_region_step`.
-    """
-
-    def __init__(
-        self,
-        maml: PolicyMAML,
-        *,
-        max_divergence: float = 0.01,
-        curvature_share: float = 1.0,
-        exploration_weight: float = 0.0,
-        **options: Any,
-    ) -> None:
-        if not 0 < curvature_share <= 1:
-            raise ValueError(f"`curvature_share` must be above 0 and at most 1; got {curvature_share}.")
-        check_rate("exploration_weight", exploration_weight)
-        self.maml = maml
-        self.curvature_share = curvature_share
-        self.options = {**options, "max_divergence": max_divergence}
-        self._loss = maml.task_loss(maml.losses.surrogate, exploration_weight=exploration_weight)
-        self._divergence = maml.task_loss(maml.losses.divergence)
-
-    def step(self, collected: Collected) -> TrustRegionStep:
-        """Make the step on what was collected.
-
-        Raises:
-            FloatingPointError: the loss or its gradient is not finite; nothing has changed.
-        """
-        tasks = (collected.batches, _gain(collected.returns[-1]))
-
-        def over_tasks(loss: Callable[[Any, Any], Tensor], tasks: Any) -> Callable[[Any], Tensor]:
-            return lambda meta: map_over_tasks(loss, meta, tasks).mean()
-
-        options = self.options
-        if self.curvature_share < 1:
-            # Fewer episodes adapt to other policies than those that acted. The divergence is from them: it has to be at
-            # its minimum, or its Hessian is no curvature.
-            episodes = collected.batches[0].valid.shape[1]
-            some = max(round(self.curvature_share * episodes), 1)
-            *before, after = tree_map(lambda leaf: leaf[:, :some], collected.batches)
-            with torch.no_grad():
-                adapted = _after(self.maml, before, len(after.valid))
-                after = after._replace(old=vmap(self.maml.losses.distribution)(adapted, after))
-            part = (*before, after)
-            options = {**options, "curvature_fn": over_tasks(self._divergence, (part, tasks[1]))}
-        params, rates = self.maml.meta_params
-        meta = ({name: p.detach() for name, p in params.items()}, [rate.detach() for rate in rates])
-        done = trust_region_step(over_tasks(self._loss, tasks), over_tasks(self._divergence, tasks), meta, **options)
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(done.params[0][name])
-            for rate, value in zip(rates, done.params[1], strict=True):
-                rate.copy_(value)
-        return done
-
-
-def _after(maml: PolicyMAML, batches: Sequence[PolicyBatch], num_tasks: int) -> Params:
+def parameters_after(maml: PolicyMAML, batches: Sequence[PolicyBatch], num_tasks: int) -> Params:
     """θ_k of every task after D_0, ..., D_{k-1}; θ_0 after none."""
     return maml.adapt(batches) if batches else maml.stacked(num_tasks)
-
-
-def _gain(after: Tensor) -> Tensor:
-    """(N,) what the data before adaptation were worth: returns after it, with mean 0 and deviation 1 over tasks."""
-    return (after - after.mean()) / (after.std(correction=0) + 1e-8)

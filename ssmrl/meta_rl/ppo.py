@@ -5,11 +5,12 @@ Letters: B rows, T steps, D inputs, A action components or number of actions.
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssmrl.adaptation.optim import check_num_steps, check_positive, check_rate
@@ -23,7 +24,9 @@ from ssmrl.meta_rl.actor_critic import (
 )
 from ssmrl.meta_rl.baselines import value_loss
 from ssmrl.meta_rl.losses import clipped_surrogate_loss, entropy_bonus, importance_ratio, kl_penalty, masked_mean
+from ssmrl.meta_rl.nonfinite import NonFinite, Updates, copy_of, go_back
 from ssmrl.meta_rl.segments import check_steps
+from ssmrl.sharding import Shards
 
 __all__ = ["PPO", "PPOTerms", "PPOUpdate", "ppo_loss"]
 
@@ -101,7 +104,7 @@ def ppo_loss(
 
 
 class PPOUpdate(NamedTuple):
-    """What `PPO.update` did: means over its minibatches, those of `PPOTerms` first."""
+    """What `PPO.update` did: means over its minibatches, those of `PPOTerms` first; NaNs where it was left out."""
 
     loss: float
     surrogate: float
@@ -120,8 +123,6 @@ class PPOUpdate(NamedTuple):
 class PPO:
     """Several epochs of steps on `ppo_loss`, on minibatches of whole rows.
 
-    It holds settings and nothing that changes: what is learned is in the policy and the optimizer.
-
     Args:
         policy: a `PolicyModel` with a value.
         optimizer: any `torch.optim` optimizer whose step needs no closure, over some or all of its parameters.
@@ -131,6 +132,9 @@ class PPO:
         max_grad_norm: clip the global norm of every gradient to this; None: do not clip.
         max_divergence: end an update at the first minibatch on which the mean KL(π_old ‖ π) is larger, before its step;
             None: never.
+        nonfinite: what to do where a loss, a gradient or a weight is not finite; None: raise an error.
+        process_group: of `torch.distributed`, whose ranks make rows of their own and learn from those of all, every
+            minibatch from one of every rank. The policy is at first that of the first rank. None: one process.
 
     Raises:
         TypeError, ValueError: a policy without a value, an optimizer of another kind or of other tensors, or a number
@@ -148,6 +152,8 @@ class PPO:
         value_weight: float = 0.5,
         max_grad_norm: float | None = 0.5,
         max_divergence: float | None = None,
+        nonfinite: NonFinite | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
@@ -165,6 +171,32 @@ class PPO:
             if limit is not None:
                 check_positive(name, limit)
         self.max_grad_norm, self.max_divergence = max_grad_norm, max_divergence
+        self.updates = Updates(nonfinite, self._learned, optimizer)
+        self.shards = Shards(process_group)
+        self.shards.broadcast([*policy.parameters(), *policy.buffers()])
+
+    @property
+    def left_out(self) -> int:
+        """How many updates `nonfinite` has left out."""
+        return self.updates.left_out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Policy, optimizer and counters: a tree for `ssmrl.checkpoint.save_checkpoint`."""
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, to the same bits.
+
+        Raises:
+            ValueError, RuntimeError: it is of another policy or optimizer.
+        """
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates.load_state_dict(state["updates"])
 
     @torch.enable_grad()
     def update(self, batch: ActorCriticBatch, generator: torch.Generator, *, entropy_weight: float = 0.0) -> PPOUpdate:
@@ -177,34 +209,37 @@ class PPO:
 
         Raises:
             ValueError: fewer rows than minibatches, or what `ppo_loss` refuses.
-            FloatingPointError: a loss or a gradient is not finite; policy and optimizer are as before the update.
+            FloatingPointError: a loss or a gradient is not finite, and `nonfinite` does not leave the update out;
+                policy and optimizer are as before the update.
         """
-        num_rows = len(batch.x)
-        if num_rows < self.minibatches:
-            raise ValueError(f"batch must have a row for each of the {self.minibatches} minibatches; got {num_rows}.")
+        rows = self.shards.counts(len(batch.x), batch.advantage)
+        if min(rows) < self.minibatches:
+            raise ValueError(f"batch must have a row for each of the {self.minibatches} minibatches; got {min(rows)}.")
+        left_out = PPOUpdate(**dict.fromkeys(PPOUpdate._fields, math.nan) | {"steps": 0})  # type: ignore[arg-type]
+        return self.updates(lambda: self._update(batch, generator, entropy_weight), left_out)
+
+    def _update(self, batch: ActorCriticBatch, generator: torch.Generator, entropy_weight: float) -> PPOUpdate:
         learned = self._learned()
-        before = [p.detach().clone() for p in learned], copy.deepcopy(self.optimizer.state_dict())
+        before = copy_of(learned, self.optimizer)
         terms: list[PPOTerms] = []
         norms: list[Tensor] = []
         try:
             for _ in range(self.epochs):
-                order = torch.randperm(num_rows, generator=generator, device=generator.device).to(batch.x.device)
+                order = torch.randperm(len(batch.x), generator=generator, device=generator.device).to(batch.x.device)
                 for rows in order.tensor_split(self.minibatches):
-                    found = self._terms(some_rows(batch, rows), entropy_weight)
-                    terms.append(found._replace(loss=found.loss.detach()))
+                    share, found = self._terms(some_rows(batch, rows), entropy_weight)
+                    terms.append(found)
                     if self.max_divergence is not None and found.divergence > self.max_divergence:
-                        return _summary(batch, terms, norms)
-                    norms.append(self._step(found.loss, learned))
+                        return _summary(batch, terms, norms, self.shards)
+                    norms.append(self._step(share, found.loss, learned))
         except FloatingPointError:
-            with torch.no_grad():
-                for p, value in zip(learned, before[0], strict=True):
-                    p.copy_(value)
-            self.optimizer.load_state_dict(before[1])
+            go_back(before, learned, self.optimizer)
             raise
-        return _summary(batch, terms, norms)
+        return _summary(batch, terms, norms, self.shards)
 
-    def _terms(self, batch: ActorCriticBatch, entropy_weight: float) -> PPOTerms:
-        return ppo_loss(
+    def _terms(self, batch: ActorCriticBatch, entropy_weight: float) -> tuple[Tensor, PPOTerms]:
+        """The share of the loss that is this rank's, which has a graph, and the terms over all ranks, without."""
+        found = ppo_loss(
             self.policy,
             {},
             batch,
@@ -212,15 +247,20 @@ class PPO:
             value_weight=self.value_weight,
             entropy_weight=entropy_weight,
         )
+        there = {name: value.detach() for name, value in found._asdict().items() if value is not None}
+        means, share = self.shards.mean(list(there.values()), batch.valid.sum().to(found.loss.dtype))
+        return found.loss * share, found._replace(**dict(zip(there, means, strict=True)))
 
-    def _step(self, loss: Tensor, learned: list[Tensor]) -> Tensor:
+    def _step(self, share: Tensor, loss: Tensor, learned: list[Tensor]) -> Tensor:
         """One step of the optimizer; the norm of the gradient."""
-        gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+        gradients = torch.autograd.grad(share, learned, allow_unused=True)
+        sums = iter(self.shards.total([gradient for gradient in gradients if gradient is not None]))
+        gradients = tuple(None if gradient is None else next(sums) for gradient in gradients)
         norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise FloatingPointError(
-                f"The loss ({float(loss.detach())}) or the norm of its gradient ({float(norm)}) is not finite; policy "
-                "and optimizer are as before the update. Lower the rate, or look for what is not finite in the batch."
+                f"The loss ({float(loss)}) or the norm of its gradient ({float(norm)}) is not finite; policy and "
+                "optimizer are as before the update. Lower the rate, or look for what is not finite in the batch."
             )
         for p, gradient in zip(learned, gradients, strict=True):
             p.grad = gradient
@@ -234,16 +274,22 @@ class PPO:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def _summary(batch: ActorCriticBatch, terms: list[PPOTerms], norms: list[Tensor]) -> PPOUpdate:
+def _summary(batch: ActorCriticBatch, terms: list[PPOTerms], norms: list[Tensor], shards: Shards) -> PPOUpdate:
     def mean(values: list[Any]) -> Any:
         return float(torch.stack(values).mean()) if values and values[0] is not None else None
 
-    target = batch.target[batch.valid]
-    variance = target.var(correction=0)
-    left = (target - batch.value[batch.valid]).var(correction=0)
+    target, value = batch.target[batch.valid], batch.value[batch.valid]
+    variance, left = _variance(target, shards), _variance(target - value, shards)
     return PPOUpdate(
         **{name: mean([getattr(term, name) for term in terms]) for name in PPOTerms._fields},
         gradient_norm=mean(norms) if norms else 0.0,
         explained_variance=float(1 - left / variance) if variance > 0 else 0.0,
         steps=len(norms),
     )
+
+
+def _variance(values: Tensor, shards: Shards) -> Tensor:
+    """Of the values (n,) of all ranks."""
+    total, number = shards.total((values.sum(), values.new_tensor(len(values))))
+    (squares,) = shards.total(((values - total / number).square().sum(),))
+    return squares / number

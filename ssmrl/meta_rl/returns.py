@@ -16,9 +16,11 @@ constants: `detach` them where a network made the values. Invalid steps, whateve
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssmrl.meta_rl.segments import check_fraction, check_steps, continuing, sum_back, where_valid
+from ssmrl.sharding import Shards
 
 __all__ = ["discounted_returns", "generalized_advantages", "lambda_returns", "normalize_advantages"]
 
@@ -124,7 +126,13 @@ def generalized_advantages(
     return sum_back(delta_t, gamma * lam * c_t)
 
 
-def normalize_advantages(advantage: Tensor, valid: Tensor | None = None, *, epsilon: float = 1e-8) -> Tensor:
+def normalize_advantages(
+    advantage: Tensor,
+    valid: Tensor | None = None,
+    *,
+    epsilon: float = 1e-8,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """(A - mean A) / √(var A + ε²) over all valid steps of one task, (..., T); 0 where a step is invalid.
 
     Tasks are on an axis that `vmap` maps, so that each has a mean and a deviation of its own, as in ProMP. There and
@@ -134,18 +142,22 @@ def normalize_advantages(advantage: Tensor, valid: Tensor | None = None, *, epsi
         advantage: (..., T).
         valid: Bool (..., T); None: all are.
         epsilon: ε > 0, in the unit of the advantages.
+        process_group: mean and variance are those of the steps of all its ranks; not within `vmap`.
 
     Raises:
         TypeError, ValueError: shapes that differ, a mask that is not Bool, ε that is not positive.
     """
+    shards = Shards(process_group)
     check_steps("advantage", advantage, valid=valid)
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0; got {epsilon}.")
-    count = advantage.numel() if valid is None else valid.sum()
-    share = 1 / torch.as_tensor(count, dtype=advantage.dtype, device=advantage.device).clamp(min=1)
     advantage = where_valid(valid, advantage)
-    centred = where_valid(valid, advantage - advantage.sum() * share)
-    return centred / (centred.square().sum() * share + epsilon**2).sqrt()
+    own = torch.as_tensor(advantage.numel() if valid is None else valid.sum()).to(advantage)
+    total, count = shards.total((advantage.sum(), own))
+    share = 1 / count.clamp(min=1)
+    centred = where_valid(valid, advantage - total * share)
+    (squares,) = shards.total((centred.square().sum(),))
+    return centred / (squares * share + epsilon**2).sqrt()
 
 
 def _discounted_in(next_value: Tensor, terminated: Tensor, valid: Tensor | None) -> Tensor:

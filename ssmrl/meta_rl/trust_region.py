@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchopt import pytree
 
 from ssmrl.adaptation.implicit import conjugate_gradient
 from ssmrl.adaptation.optim import check_num_steps, check_positive
 from ssmrl.adaptation.tree import dot
+from ssmrl.sharding import Shards
 
 __all__ = ["TrustRegionStep", "trust_region_step"]
 
@@ -44,6 +46,7 @@ def trust_region_step(
     damping: float = 1e-5,
     shrink: float = 0.8,
     num_shrinks: int = 15,
+    process_group: dist.ProcessGroup | None = None,
 ) -> TrustRegionStep:
     """θ' = θ - c √(2 δ / sᵀF s) s with s = (F + damping I)⁻¹ g, c the largest of 1, shrink, shrink², ... that holds.
 
@@ -62,6 +65,8 @@ def trust_region_step(
         num_cg_steps: of conjugate gradients for s.
         damping: >= 0.
         shrink, num_shrinks: of the line search, 0 < shrink < 1.
+        process_group: of `torch.distributed`, whose ranks call this with the same θ, and with functions that return
+            shares: loss, divergence and curvature are the sums of these over ranks. None: one process.
 
     Raises:
         ValueError: a setting is out of range.
@@ -76,7 +81,7 @@ def trust_region_step(
         raise ValueError(f"shrink must be between 0 and 1; got {shrink}.")
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be at least 0 and finite; got {damping}.")
-    solve = conjugate_gradient(num_cg_steps)
+    solve, shards = conjugate_gradient(num_cg_steps), Shards(process_group)
     leaves, structure = pytree.tree_flatten(params)
 
     def unflatten(vector: Vector) -> Any:
@@ -85,21 +90,20 @@ def trust_region_step(
     with torch.enable_grad():
         at = tuple(leaf.detach().requires_grad_() for leaf in leaves)
         loss = loss_fn(unflatten(at))
-        gradient = torch.autograd.grad(loss, at)
-        if not (torch.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in gradient)):
-            raise FloatingPointError(f"The loss and its gradient must be finite; the loss is {float(loss.detach())}.")
+        before, *gradient = shards.total((loss.detach(), *torch.autograd.grad(loss, at)))
+        if not (torch.isfinite(before) and all(bool(torch.isfinite(g).all()) for g in gradient)):
+            raise FloatingPointError(f"The loss and its gradient must be finite; the loss is {float(before)}.")
         curved = divergence_fn if curvature_fn is None else curvature_fn
         slope = torch.autograd.grad(curved(unflatten(at)), at, create_graph=True)
 
         def fisher_product(vector: Vector) -> Vector:
-            return torch.autograd.grad(dot(slope, vector), at, retain_graph=True)
+            return shards.total(torch.autograd.grad(dot(slope, vector), at, retain_graph=True))
 
         def damped_product(vector: Vector) -> Vector:
             return tuple(image + damping * v for image, v in zip(fisher_product(vector), vector, strict=True))
 
-        direction = solve(damped_product, gradient)
+        direction = solve(damped_product, tuple(gradient))
         curvature = dot(direction, damped_product(direction))
-    before = loss.detach()
     with torch.no_grad():
         longest = torch.sqrt(2 * max_divergence / curvature)
         for shrinks in range(num_shrinks + 1):
@@ -107,7 +111,7 @@ def trust_region_step(
                 break
             fraction = shrink**shrinks
             candidate = tuple(p - fraction * longest * s for p, s in zip(at, direction, strict=True))
-            after, moved = loss_fn(unflatten(candidate)), divergence_fn(unflatten(candidate))
+            after, moved = shards.total((loss_fn(unflatten(candidate)), divergence_fn(unflatten(candidate))))
             if bool((after < before) & (moved <= max_divergence)):
                 return TrustRegionStep(unflatten(candidate), before, after, moved, fraction)
         return TrustRegionStep(params, before, before, torch.zeros_like(before), 0.0)

@@ -1,4 +1,4 @@
-"""PolicyMAML: collecting, adapting and both kinds of outer steps, on a task small enough to write out."""
+"""PolicyMAML, and the outer steps of policy_outer: collecting, adapting, learning on a task that can be written out."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ssmrl.meta_rl import (
     TrustRegionOuter,
     adapt_policy,
     normalize_advantages,
-    policy_meta_learner,
     policy_meta_loss,
+    policy_outer,
     trust_region_step,
 )
 
@@ -252,7 +252,7 @@ def test_a_share_of_the_curvature_is_that_of_a_divergence_at_its_minimum(monkeyp
         seen.append((curvature_fn, {name: p.clone() for name, p in params[0].items()}))
         return trust_region_step(loss_fn, divergence_fn, params, curvature_fn=curvature_fn, **options)
 
-    monkeypatch.setattr(policy_meta_learner, "trust_region_step", step)
+    monkeypatch.setattr(policy_outer, "trust_region_step", step)
     outer = TrustRegionOuter(maml, curvature_share=0.3)
     outer.step(maml.collect(collector(policy), TASKS))
     [(curvature, params)] = seen
@@ -349,32 +349,38 @@ def test_what_is_out_of_range_is_refused():
         TrustRegionOuter(maml, exploration_weight=-1.0)
 
 
-def test_gradient_steps_go_on_from_a_saved_state_to_the_same_bits_with_one_left_out():
-    def start(seed):
+@pytest.mark.parametrize("kind", ["gradient", "trust region"])
+def test_outer_steps_go_on_from_a_saved_state_to_the_same_bits_with_one_left_out(kind):
+    nonfinite = NonFinite("skip", at_most=2)
+
+    def start(seed) -> tuple[Any, PolicyMAML, Any]:
         policy = make(seed=seed)
         rates = learning_rates(dict(policy.named_parameters()), 0.1)
         maml = PolicyMAML(policy, torchopt.chain(scale_by_learning_rates(rates)))
+        if kind == "trust region":
+            return policy, maml, TrustRegionOuter(maml, max_divergence=0.02, nonfinite=nonfinite)
         adam = torch.optim.Adam([*policy.parameters(), *rates.values()], 0.01)
-        outer = GradientOuter(maml, outer_optimizer=adam, num_steps=2, nonfinite=NonFinite("skip", at_most=2))
-        return policy, maml, outer
+        return policy, maml, GradientOuter(maml, outer_optimizer=adam, num_steps=1, nonfinite=nonfinite)
 
-    def steps(maml, outer, policy, numbers):
+    def steps(run, numbers):
+        policy, maml, outer = run
         for n in numbers:
             collected = maml.collect(collector(policy, seed=n), TASKS)
             if n == 1:
                 broken = collected.batches[-1]
                 broken = broken._replace(advantage=torch.full_like(broken.advantage, torch.nan))
                 collected = collected._replace(batches=(*collected.batches[:-1], broken))
-            losses = outer.step(collected)
-            assert all(map(math.isnan, losses)) == (n == 1)
+            before = [p.detach().clone() for p in policy.parameters()]
+            done = outer.step(collected)
+            loss = float(done.loss) if kind == "trust region" else done[0]
+            assert math.isnan(loss) == (n == 1)
+            assert all(map(torch.equal, before, policy.parameters())) == (n == 1)
 
-    policy, maml, outer = start(0)
-    steps(maml, outer, policy, range(4))
-    first_policy, first_maml, first = start(0)
-    steps(first_maml, first, first_policy, range(2))
-    second_policy, second_maml, second = start(1)
-    second.load_state_dict(first.state_dict())
-    steps(second_maml, second, second_policy, range(2, 4))
-    assert all(map(torch.equal, policy.parameters(), second_policy.parameters()))
-    assert all(map(torch.equal, maml.rates, second_maml.rates))
-    assert second.learner.left_out == outer.learner.left_out == 2
+    whole, first, second = start(0), start(0), start(1)
+    steps(whole, range(4))
+    steps(first, range(2))
+    second[2].load_state_dict(first[2].state_dict())
+    steps(second, range(2, 4))
+    assert all(map(torch.equal, whole[0].parameters(), second[0].parameters()))
+    assert all(map(torch.equal, whole[1].rates, second[1].rates))
+    assert second[2].left_out == whole[2].left_out == 1

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
 from ssmrl.core import GRU, LSTM, MLP, StateSpaceModel, functional_forward
-from ssmrl.meta_rl import Categorical, CategoricalHead, Gaussian, GaussianHead, PolicyModel
+from ssmrl.meta_rl import Categorical, CategoricalHead, Gaussian, GaussianHead, NonFinite, PolicyModel
 from ssmrl.meta_rl.actor_critic import ActorCriticBatch, actor_critic_batch, some_rows
 from ssmrl.meta_rl.ppo import PPO, ppo_loss
 
@@ -323,6 +323,36 @@ def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is():
     with pytest.raises(FloatingPointError, match=r"norm of its gradient \(inf|nan\)"):
         PPO(policy, optimizer, epochs=1, minibatches=1).update(spoiled, of_seed(0))
     torch.testing.assert_close(snapshot(policy, optimizer), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("action", ["skip", "roll back"])
+def test_what_is_not_finite_is_left_out_and_a_run_goes_on_to_the_same_bits(action):
+    nonfinite = NonFinite(action, at_most=1, every=2)
+    batches = [make_batch(seed=n) for n in range(1, 6)]
+    batches[2] = batches[2]._replace(target=batches[2].target * math.nan)
+
+    def run(seed):
+        policy = make(seed=seed)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        return PPO(policy, optimizer, epochs=2, minibatches=2, nonfinite=nonfinite)
+
+    whole, first, second = run(0), run(0), run(1)
+    done = [whole.update(batch, of_seed(n)) for n, batch in enumerate(batches)]
+    assert [math.isnan(update.loss) for update in done] == [False, False, True, False, False]
+    assert [update.steps for update in done] == [4, 4, 0, 4, 4]
+    for n, batch in enumerate(batches[:3]):
+        first.update(batch, of_seed(n))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for n, batch in enumerate(batches[3:], start=3):
+        second.update(batch, of_seed(n))
+    torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert second.left_out == 1
+    without = run(0)  # copies are made before every second update
+    for n in (0, 1, 3, 4):
+        without.update(batches[n], of_seed(n))
+    torch.testing.assert_close(without.policy.state_dict(), whole.policy.state_dict(), rtol=0, atol=0)
+    with pytest.raises(FloatingPointError, match="2 of the last 6 updates were not finite"):
+        whole.update(batches[2], of_seed(0))
 
 
 def test_parameters_that_the_optimizer_does_not_hold_stay_and_gather_no_gradient():

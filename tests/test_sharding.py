@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch.func import vmap
 from ssmrl import MetaMAML, StateSpaceModel
 from ssmrl.adaptation import learning_rates, mse_loss, scale_by_learning_rates
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
+from ssmrl.core import GRU
 from ssmrl.meta_rl import (
+    PPO,
+    CategoricalHead,
     GaussianHead,
     GradientOuter,
     MetaLearner,
@@ -26,9 +30,12 @@ from ssmrl.meta_rl import (
     PolicyBatch,
     PolicyMAML,
     PolicyModel,
+    TrustRegionOuter,
+    actor_critic_batch,
     post_adaptation_loss,
 )
-from ssmrl.meta_rl.sharding import Shards
+from ssmrl.sharding import Shards
+from ssmrl.stop import StopSignal
 
 WORLD = 2
 LR = 0.5  # of gradient descent: weights say what the meta-gradient was
@@ -128,37 +135,92 @@ def what_is_not_finite(group, rank):
     raise AssertionError("it must be an error")
 
 
-def a_policy_with_tasks_of_its_own(group, rank):
+def a_policy_with_tasks_of_its_own(kind):
     """Of five tasks the first rank collects with three."""
+
+    def run(group, rank):
+        torch.manual_seed(rank)
+        policy = PolicyModel(nn.Linear(2, 1), GaussianHead(1, log_std=-0.5)).double()
+        rates = learning_rates(dict(policy.named_parameters()), 0.1)
+        maml = PolicyMAML(policy, torchopt.chain(scale_by_learning_rates(rates)))
+        outer_optimizer = torch.optim.SGD([*policy.parameters(), *rates.values()], LR)
+        settings: dict[str, Any] = {"exploration_weight": 0.3, "process_group": group}
+        outer: Any
+        if kind == "gradient":
+            outer = GradientOuter(
+                maml, outer_optimizer=outer_optimizer, num_steps=2, divergence_weight=0.01, **settings
+            )
+        else:
+            outer = TrustRegionOuter(maml, curvature_share=0.5, max_divergence=0.02, **settings)
+        mine = slice(0, 5) if group is None else slice(0, 3) if rank == 0 else slice(3, 5)
+
+        def of_task(params, x, noise, reset, goal):
+            batch = PolicyBatch(x, None, reset, ~reset | reset, None, ())  # type: ignore[arg-type]
+            old = maml.losses.distribution(params, batch)
+            action = old.sample(noise)
+            reward = -(action[..., 0] - goal).square()
+            return batch._replace(action=action, advantage=reward - reward.mean(), old=old), reward.mean()
+
+        def collect(params, k):
+            generator = torch.Generator().manual_seed(k)
+            x, noise = (torch.randn(5, 6, 4, size, dtype=torch.float64, generator=generator)[mine] for size in (2, 1))
+            reset = torch.zeros(x.shape[:3], dtype=torch.bool)
+            reset[..., 0] = True
+            with torch.no_grad():
+                return vmap(of_task)(params, x, noise, reset, torch.linspace(-1, 1, 5, dtype=torch.float64)[mine])
+
+        losses: list[float] = []
+        for _ in range(2):
+            done = outer.step(maml.collect(collect, mine.stop - mine.start))
+            losses += done if kind == "gradient" else [float(done.loss), float(done.loss_after), done.fraction]
+        params, learned = maml.meta_params
+        return {"losses": losses, "rates": torch.stack([r.detach() for r in learned])} | {
+            n: p.detach() for n, p in params.items()
+        }
+
+    return run
+
+
+def a_policy_with_memory_and_rows_of_its_own(group, rank):
+    """Of five rows the first rank has three; one that is not finite is the other's."""
     torch.manual_seed(rank)
-    policy = PolicyModel(nn.Linear(2, 1), GaussianHead(1, log_std=-0.5)).double()
-    rates = learning_rates(dict(policy.named_parameters()), 0.1)
-    maml = PolicyMAML(policy, torchopt.chain(scale_by_learning_rates(rates)))
-    outer_optimizer = torch.optim.SGD([*policy.parameters(), *rates.values()], LR)
-    settings = {"num_steps": 2, "exploration_weight": 0.3, "divergence_weight": 0.01, "process_group": group}
-    outer = GradientOuter(maml, outer_optimizer=outer_optimizer, **settings)
+    policy = PolicyModel(GRU(4, 3, 4), CategoricalHead(3), has_value=True).double()
+    optimizer = torch.optim.SGD(policy.parameters(), LR)
+    ppo = PPO(policy, optimizer, minibatches=1, nonfinite=NonFinite("skip"), process_group=group)
     mine = slice(0, 5) if group is None else slice(0, 3) if rank == 0 else slice(3, 5)
+    found = []
+    for n in range(3):
+        generator = torch.Generator().manual_seed(n)
+        x, reward = (torch.randn(5, 6, size, dtype=torch.float64, generator=generator) for size in (3, 1))
+        action = torch.randint(3, (5, 6), generator=generator)
+        reset, valid = torch.zeros(2, 5, 6, dtype=torch.bool)
+        reset[:, 0], valid[:, :], valid[4, 3:] = True, True, False
+        ends = torch.zeros_like(reset)
+        ends[:, -1] = ends[4, 2] = True
+        if n == 1:
+            x[-1, 0] = math.nan
+        rows = [part[mine] for part in (x, action, reward[..., 0], reset, ends, torch.zeros_like(ends), valid)]
+        batch = actor_critic_batch(policy, *rows, process_group=group)
+        done = ppo.update(batch, torch.Generator().manual_seed(n), entropy_weight=0.01)
+        found += [value for value in done if value is not None]
+    assert ppo.left_out == 1
+    return {"found": found} | {name: p.detach() for name, p in policy.named_parameters()}
 
-    def of_task(params, x, noise, reset, goal):
-        batch = PolicyBatch(x, None, reset, ~reset | reset, None, ())  # type: ignore[arg-type]
-        old = maml.losses.distribution(params, batch)
-        action = old.sample(noise)
-        reward = -(action[..., 0] - goal).square()
-        return batch._replace(action=action, advantage=reward - reward.mean(), old=old), reward.mean()
 
-    def collect(params, k):
-        generator = torch.Generator().manual_seed(k)
-        x, noise = (torch.randn(5, 6, 4, size, dtype=torch.float64, generator=generator)[mine] for size in (2, 1))
-        reset = torch.zeros(x.shape[:3], dtype=torch.bool)
-        reset[..., 0] = True
-        with torch.no_grad():
-            return vmap(of_task)(params, x, noise, reset, torch.linspace(-1, 1, 5, dtype=torch.float64)[mine])
-
-    losses = [loss for _ in range(2) for loss in outer.step(maml.collect(collect, mine.stop - mine.start))]
-    params, learned = maml.meta_params
-    return {"losses": losses, "rates": torch.stack([r.detach() for r in learned])} | {
-        n: p.detach() for n, p in params.items()
-    }
+def a_signal_to_one(group, rank):
+    """The last rank hears it in the third update; all stop after that, with the same code."""
+    updates = 0
+    try:
+        with StopSignal(group) as stop:
+            while updates < 9:
+                updates += 1
+                if updates == 3 and (group is None or rank == WORLD - 1):
+                    signal.raise_signal(signal.SIGTERM)
+                if stop:
+                    stop.exit_if_asked()
+    except SystemExit as exit:
+        return {"updates": updates, "code": exit.code}
+    raise AssertionError("it must have stopped")
 
 
 SCENARIOS = {
@@ -171,7 +233,10 @@ SCENARIOS = {
     "ragged": ragged_with_learned_state_and_rates,
     "a parameter without a gradient": a_parameter_without_a_gradient,
     "any loss": any_loss,
-    "a policy": a_policy_with_tasks_of_its_own,
+    "a policy": a_policy_with_tasks_of_its_own("gradient"),
+    "a policy in a trust region": a_policy_with_tasks_of_its_own("trust region"),
+    "a policy with memory": a_policy_with_memory_and_rows_of_its_own,
+    "a signal": a_signal_to_one,
     "not finite": what_is_not_finite,
 }
 

@@ -53,6 +53,15 @@ class Shards:
         found: list[int] = every.tolist()
         return found
 
+    def largest(self, number: int) -> int:
+        """The largest of a number that every rank has one of."""
+        if self.group is None:
+            return number
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        of_all = torch.tensor(number, device=device)
+        dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
+        return int(of_all)
+
     def place(self, counts: Sequence[int]) -> slice:
         """Where this rank's own tasks are among all, those of one rank after those of another."""
         begin = sum(counts[: self.rank])
@@ -74,6 +83,24 @@ class Shards:
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), dist.get_global_rank(self.group, 0), self.group)
+
+    @torch.no_grad()
+    def total(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Sums over ranks, without a graph, of tensors that every rank has of the same shapes."""
+        if self.group is None:
+            return tuple(tensors)
+        sums = tuple(tensor.detach().clone() for tensor in tensors)
+        self._sum_in_place(sums)
+        return sums
+
+    @torch.no_grad()
+    def mean(self, values: Sequence[Tensor], weight: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Means over ranks, each with its scalar weight, and the share that this rank has in them."""
+        if self.group is None:
+            return tuple(values), torch.ones_like(weight)
+        *sums, total = self.total([*(weight * value for value in values), weight])
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)
+        return tuple(value / total for value in sums), weight / total
 
     @torch.no_grad()
     def sum(self, params: Sequence[Tensor], losses: Tensor) -> None:
