@@ -1,14 +1,16 @@
-"""The tasks of an outer update, shared among the ranks of a process group."""
+"""What the ranks of a process group share: the tasks of an outer update, and the rows of live streams."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["Shards"]
+__all__ = ["Rows", "Shards"]
 
 
 class Shards:
@@ -141,3 +143,69 @@ class Shards:
                 several.append([])
             several[-1].append(tensor)
         return [bucket for several in buckets.values() for bucket in several]
+
+
+class Rows:
+    """Rows 0, ..., N - 1 that are dealt to the ranks in turn: rank r of R has r, r + R, r + 2 R, ...
+
+    So rows that come later leave every other where it is. All trees are of tensors with rows on their first axis.
+
+    Args:
+        group: as for `Shards`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.shards = Shards(group)
+
+    def count(self, number: int) -> int:
+        """How many of N rows are this rank's."""
+        return len(range(self.shards.rank, number, self.shards.size))
+
+    def mine(self, tree: Any) -> Any:
+        """Of all rows, this rank's."""
+        if self.shards.group is None:
+            return tree
+        return tree_map(lambda leaf: leaf[self.shards.rank :: self.shards.size], tree)
+
+    @torch.no_grad()
+    def whole(self, tree: Any, number: int) -> Any:
+        """All N rows, from those of every rank: bit for bit, in one all-gather of bytes."""
+        if self.shards.group is None:
+            return tree
+        leaves, structure = tree_flatten(tree)
+        if not leaves:
+            return tree
+        packed = torch.cat([_bytes(leaf) for leaf in leaves], 1)
+        padded = packed.new_zeros(-(-number // self.shards.size), packed.shape[1])
+        padded[: len(packed)] = packed
+        of_ranks = [torch.empty_like(padded) for _ in range(self.shards.size)]
+        dist.all_gather(of_ranks, padded, group=self.shards.group)
+        every = torch.stack(of_ranks, 1).flatten(0, 1)[:number]
+        return tree_unflatten(_like(every, leaves), structure)
+
+    @torch.no_grad()
+    def one(self, tree: Any, row: int) -> Any:
+        """One of all rows, from this rank's where it is among them, else from another's; without the axis of rows."""
+        owner, place = row % self.shards.size, row // self.shards.size
+        if self.shards.group is None:
+            return tree_map(lambda leaf: leaf[place].clone(), tree)
+        leaves, structure = tree_flatten(tree)
+        held = place if self.shards.rank == owner else 0
+        packed = torch.cat([_bytes(leaf[held : held + 1]) for leaf in leaves], 1)
+        dist.broadcast(packed, dist.get_global_rank(self.shards.group, owner), self.shards.group)
+        return tree_unflatten([leaf[0] for leaf in _like(packed, leaves)], structure)
+
+
+def _bytes(leaf: Tensor) -> Tensor:
+    """(n, ...) -> UInt8 (n, bytes of a row)."""
+    rows = leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]
+    return rows.contiguous().view(torch.uint8)
+
+
+def _like(packed: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of several leaves from their bytes."""
+    sizes = [_bytes(leaf[:1]).shape[1] for leaf in leaves]
+    return [
+        part.flatten().clone().view(leaf.dtype).view(len(packed), *leaf.shape[1:])
+        for part, leaf in zip(packed.split(sizes, 1), leaves, strict=True)
+    ]

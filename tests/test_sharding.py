@@ -16,8 +16,9 @@ import torchopt
 from torch import nn
 from torch.func import vmap
 
-from ssmrl import MetaMAML, StateSpaceModel
-from ssmrl.adaptation import learning_rates, mse_loss, scale_by_learning_rates
+from ssmrl import AdaptationConfig, MetaMAML, StateSpaceModel, StreamAdapter
+from ssmrl.adaptation import Guard, Window, learning_rates, mse_loss, reset_on_rise, scale_by_learning_rates
+from ssmrl.adaptation.tree import tree_leaves
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.core import GRU
 from ssmrl.meta_rl import (
@@ -34,7 +35,7 @@ from ssmrl.meta_rl import (
     actor_critic_batch,
     post_adaptation_loss,
 )
-from ssmrl.sharding import Shards
+from ssmrl.sharding import Rows, Shards
 from ssmrl.stop import StopSignal
 
 WORLD = 2
@@ -207,6 +208,61 @@ def a_policy_with_memory_and_rows_of_its_own(group, rank):
     return {"found": found} | {name: p.detach() for name, p in policy.named_parameters()}
 
 
+LIVE = AdaptationConfig(
+    num_steps=2,
+    optimizer=torchopt.adam(0.05),
+    average=0.5,
+    window=Window(4, minimum=2),
+    reset=reset_on_rise(1.5),
+    guard=Guard(allowance=1.0),
+)
+
+
+def live(adapter, seed, steps=6):
+    """What a loop of so many steps sees of every stream."""
+    generator = torch.Generator().manual_seed(seed)
+    state, seen = None, []
+    for _ in range(steps):
+        x = torch.randn(adapter.num_streams, 3, dtype=torch.float64, generator=generator)
+        reset = torch.rand(adapter.num_streams, generator=generator) < 0.2
+        y = 2 * x[:, :2].sin()
+        y[1] /= x[1, 0] > -1  # not finite now and then
+        output, after = adapter(x, state, reset)
+        seen += [output, *tree_leaves(after), *adapter.update(x, y, state, reset=reset)]
+        state = after
+    return seen
+
+
+def streams(group, rank, found=None):
+    """Live streams that come and go; with what another run found, it goes on from there."""
+    adapter = StreamAdapter(model_of(rank), LIVE, num_streams=5, process_group=group)
+    before, seen = None, []
+    if found is not None:
+        adapter.load_state_dict(found)
+    else:
+        assert adapter.counts is None
+        seen = [*adapter.in_use()[0].values(), *live(adapter, 0)]
+        before = adapter.snapshot()
+        for masked in (adapter.reset, adapter.drop):
+            masked(torch.tensor([True, False, False, True, False]))
+            seen += live(adapter, 1)
+        rows = adapter.add(5)
+        assert rows.tolist() == [0, 3, 5, 6, 7]
+        adapter.reset(torch.tensor([False] * 5 + [True] * 3))
+        seen += live(adapter, 2)
+        found = adapter.state_dict()
+    seen += [*live(adapter, 3), *(adapter.counts or ()), adapter.active]
+    seen += [*adapter.in_use()[0].values(), *adapter.params(0).values(), *adapter.params(5).values()]
+    if before is not None:
+        adapter.restore(before)
+        seen += live(adapter, 1)
+    return seen, found
+
+
+def seen_of_streams(group, rank):
+    return {f"{n}": leaf for n, leaf in enumerate(streams(group, rank)[0])}
+
+
 def a_signal_to_one(group, rank):
     """The last rank hears it in the third update; all stop after that, with the same code."""
     updates = 0
@@ -236,6 +292,7 @@ SCENARIOS = {
     "a policy": a_policy_with_tasks_of_its_own("gradient"),
     "a policy in a trust region": a_policy_with_tasks_of_its_own("trust region"),
     "a policy with memory": a_policy_with_memory_and_rows_of_its_own,
+    "streams": seen_of_streams,
     "a signal": a_signal_to_one,
     "not finite": what_is_not_finite,
 }
@@ -252,6 +309,29 @@ def reductions(group, rank):
     losses = torch.arange(4.0, dtype=torch.float64) * (rank + 1)
     Shards(group, bucket_bytes=30).sum(params, losses)
     return {"losses": losses, "gradients": [None if p.grad is None else p.grad for p in params]}
+
+
+def rows(group, rank):
+    """Of several dtypes, with a negative zero, a NaN, and leaves without elements."""
+    generator = torch.Generator().manual_seed(0)
+    tree = [
+        torch.tensor([-0.0, 0.0, math.nan, math.inf, 1.0], dtype=torch.float64),
+        torch.randn(5, 2, 3, generator=generator),
+        torch.arange(5),
+        torch.tensor([True, False, True, True, False]),
+        torch.zeros(5, 0),
+    ]
+    dealt = Rows(group)
+    mine = dealt.mine(tree)
+    return [tree, mine, dealt.whole(mine, 5)]
+
+
+def too_few(group):
+    try:
+        StreamAdapter(model_of(), num_streams=1, process_group=group)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it must be an error")
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +385,29 @@ def test_sums_in_buckets(of_ranks):
         assert second.tolist() == [5.0] * 5
         assert empty.numel() == 0
         assert none is None
+
+
+def test_any_number_of_ranks_goes_on_with_the_streams_of_two(of_ranks):
+    for found in of_ranks:
+        assert found["state of streams"]["streams"]["leaves"][0].shape[0] == 8
+        alone, expected = streams(None, 0, found["state of streams"])[0], found["goes on"]
+        assert len(alone) == len(expected)
+        for a, b in zip(alone, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_rows_are_dealt_in_turn_and_come_back_bit_for_bit(of_ranks):
+    for rank, found in enumerate(of_ranks):
+        tree, mine, whole = found["rows"]
+        for leaf, part, again in zip(tree, mine, whole, strict=True):
+            assert leaf.dtype == again.dtype
+            assert leaf.numpy().tobytes() == again.numpy().tobytes()
+            assert leaf[rank::WORLD].numpy().tobytes() == part.numpy().tobytes()
+
+
+def test_fewer_streams_than_ranks_are_refused(of_ranks):
+    for found in of_ranks:
+        assert found["too few"] == "num_streams must be at least the number of ranks, 2; got 1."
 
 
 def test_shares_cover_all_tasks_and_differ_by_one_at_most():
@@ -383,6 +486,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {name: run(dist.group.WORLD, rank) for name, run in SCENARIOS.items()}
+    results["state of streams"] = streams(dist.group.WORLD, rank)[1]
+    results["goes on"] = streams(dist.group.WORLD, rank, results["state of streams"])[0]
+    results["rows"], results["too few"] = rows(dist.group.WORLD, rank), too_few(dist.group.WORLD)
     results["reductions"] = reductions(dist.group.WORLD, rank)
     save_checkpoint(folder / f"of rank {rank}", 0, results)
     dist.destroy_process_group()

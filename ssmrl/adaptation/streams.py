@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -17,12 +18,13 @@ from ssmrl.adaptation.stream import Counts, Outcome, Report, Stream, begin, fres
 from ssmrl.adaptation.test_time_adaptation import AdaptationConfig
 from ssmrl.adaptation.trace import Traced, check_compile
 from ssmrl.adaptation.tree import is_there, tree_leaves, tree_map
+from ssmrl.sharding import Rows
 
 __all__ = ["StreamAdapter", "StreamsSnapshot"]
 
 
 class StreamsSnapshot(NamedTuple):
-    """All that a `StreamAdapter` carries, as copies."""
+    """All that a `StreamAdapter` carries, as copies; of several ranks, what this one does."""
 
     streams: Stream | None
     active: Tensor
@@ -51,9 +53,13 @@ class StreamAdapter:
             all do not fit the cache: the same numbers. None: all at once.
         compile: True: record an update once for given shapes and compile it with TorchInductor, which for many streams
             is ten times as fast and more; "trace": record and replay it.
+        process_group: of `torch.distributed`, whose ranks make the same calls with the same data, adapt the streams in
+            turn (rank r of R has r, r + R, ...), and get the results of all. The model is at first that of the first
+            rank. None: one process.
 
     Raises:
-        TypeError, ValueError: as `Adapter`; a number that is not an integer >= 1; an optimizer that cannot run.
+        TypeError, ValueError: as `Adapter`; a number that is not an integer >= 1, or fewer streams than ranks; an
+            optimizer that cannot run.
     """
 
     def __init__(
@@ -66,7 +72,10 @@ class StreamAdapter:
         loss_fn: Callable[[Tensor, Any], Tensor] = mse_loss,
         chunk_size: int | None = None,
         compile: bool | Literal["trace"] = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._rows = Rows(process_group)
+        self._rows.shards.broadcast([*model.parameters(), *model.buffers()])
         self.model = model
         self.config = AdaptationConfig() if config is None else config
         self.loss_fn = loss_fn
@@ -74,6 +83,7 @@ class StreamAdapter:
         for name, value in (("num_streams", num_streams), ("chunk_size", chunk_size)):
             if value is not None and check_num_steps(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
+        self._check_number(num_streams)
         self.chunk_size = chunk_size
         self._device = device
         self._begin(LiveModel(model, self.config, device, loss_fn, for_one=False))
@@ -95,7 +105,10 @@ class StreamAdapter:
     @property
     def counts(self) -> Counts | None:
         """How many updates every stream had, and how they ended, Int64 (N,) each; None before any."""
-        return None if self._streams is None else Counts(*map(torch.clone, self._streams.counts))
+        if self._streams is None:
+            return None
+        counts: Counts = self._rows.whole(self._streams.counts, self.num_streams)
+        return Counts(*map(torch.clone, counts))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, hidden_state: Any = None, reset: Tensor | bool | None = None) -> tuple[Tensor, Any]:
@@ -111,12 +124,13 @@ class StreamAdapter:
         """
         self._check(x, None, hidden_state)
         mask = check_reset_mask(reset, x)
-        data = _rows((x, hidden_state if is_there(hidden_state) else (), () if mask is None else mask))
+        data = self._rows.mine((x, hidden_state if is_there(hidden_state) else (), () if mask is None else mask))
         if self._streams is None:
-            output, after = self._live.forward({}, self._live.rules.anchor, x, *_one_row(data[1:]))
+            results = self._live.forward({}, self._live.rules.anchor, *data)
         else:
-            mapped = self._predict(in_use(self._streams), self._live.others(), *data)
-            output, after = _one_row(mapped)
+            mapped = self._predict(in_use(self._streams), self._live.others(), *_as_batches(data))
+            results = tree_map(lambda leaf: leaf[:, 0], mapped)
+        output, after = self._rows.whole(results, self.num_streams)
         return output, after if is_there(after) else None
 
     def update_step(
@@ -149,8 +163,10 @@ class StreamAdapter:
         """Copies of the weights in use of one stream, by name: of those that adapt."""
         if not 0 <= stream < self.num_streams:
             raise IndexError(f"stream must be between 0 and {self.num_streams - 1}; got {stream}.")
-        named = self._live.rules.anchor if self._streams is None else in_use(self._streams)
-        return {name: (p if self._streams is None else p[stream]).clone() for name, p in named.items()}
+        if self._streams is None:
+            return self._live.anchor()
+        named: dict[str, Tensor] = self._rows.one(in_use(self._streams), stream)
+        return named
 
     def in_use(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weights that streams predict with, by name, for a computation of your own; not to be written to.
@@ -159,10 +175,10 @@ class StreamAdapter:
             What adapts, (N, ...) each, and what does not, parameters and buffers, which all streams share.
         """
         if self._streams is None:
-            mine = {name: p.expand(self.num_streams, *p.shape) for name, p in self._live.rules.anchor.items()}
+            named = {name: p.expand(self.num_streams, *p.shape) for name, p in self._live.rules.anchor.items()}
         else:
-            mine = dict(in_use(self._streams))
-        return mine, self._live.others()
+            named = dict(self._rows.whole(in_use(self._streams), self.num_streams))
+        return named, self._live.others()
 
     def reset(self, streams: Tensor | None = None) -> None:
         """Begin anew, at the anchor, in the streams of a mask, Bool (N,); None: in all."""
@@ -172,7 +188,8 @@ class StreamAdapter:
         if bool(mask.all()):
             self._streams = None
             return
-        self._streams = _where(mask, self._fresh(self.num_streams), self._streams)
+        mine = self._rows.mine(mask)
+        self._streams = _where(mine, self._fresh(len(mine)), self._streams)
 
     def drop(self, streams: Tensor) -> None:
         """End the streams of a mask, Bool (N,): their rows are ignored from now on, until `add` takes their places."""
@@ -200,7 +217,8 @@ class StreamAdapter:
             self._active = self._active | mask
         if more:
             if self._streams is not None:
-                self._streams = tree_map(lambda a, b: torch.cat([a, b]), self._streams, self._fresh(more))
+                fresh_ones = self._fresh(self._rows.count(count + more) - self._rows.count(count))
+                self._streams = tree_map(lambda a, b: torch.cat([a, b]), self._streams, fresh_ones)
             self._active = torch.cat([self._active, torch.ones_like(self._active[:1]).expand(more)])
         self._all_active = bool(self._active.all())
         return torch.cat([free, torch.arange(count, count + more, device=free.device)])
@@ -218,13 +236,14 @@ class StreamAdapter:
         self._example = snapshot.example
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor, and all that is carried from update to update: a tree for `save_checkpoint`."""
-        live = self._live
-        return {
-            "anchor": live.anchor(),
-            "active": self._active.clone(),
-            "streams": live.saved(self._streams, self._example),
-        }
+        """Anchor, and all that is carried from update to update, of all ranks: a tree for `save_checkpoint`.
+
+        All ranks make it together, one of them saves it, and any number of ranks goes on from it.
+        """
+        saved = self._live.saved(self._streams, self._example)
+        if saved is not None:
+            saved = {**saved, "leaves": self._rows.whole(saved["leaves"], self.num_streams)}
+        return {"anchor": self._live.anchor(), "active": self._active.clone(), "streams": saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` of an adapter with the same settings returned, to the same bits.
@@ -236,8 +255,12 @@ class StreamAdapter:
         """
         live = LiveModel(self.model, self.config, self._device, self.loss_fn, for_one=False, anchor=state["anchor"])
         active = state["active"].to(live.like.device, copy=True)
-        saved, number = state["streams"], len(active)
-        loaded = (None, None) if saved is None else live.loaded(saved, lambda one: _stacked(one, number))
+        self._check_number(len(active))
+        saved = state["streams"]
+        loaded: tuple[Stream | None, tuple[Any, ...] | None] = (None, None)
+        if saved is not None:
+            saved = {**saved, "leaves": self._rows.mine(saved["leaves"])}
+            loaded = live.loaded(saved, lambda one: _stacked(one, self._rows.count(len(active))))
         self._streams, self._example = loaded
         self._active, self._all_active = active, bool(active.all())
         self._begin(live)
@@ -254,24 +277,27 @@ class StreamAdapter:
     @torch.no_grad()
     def _update(self, measured: bool, x: Tensor, y: Any, hidden_state: Any, reset: Any) -> Report:
         self._check(x, y, hidden_state)
-        data: tuple[Any, ...] = _rows(self._live.data(x, y, hidden_state, check_reset_mask(reset, x), len(x)))
+        every = self._live.data(x, y, hidden_state, check_reset_mask(reset, x), len(x))
+        data: tuple[Any, ...] = _as_batches(self._rows.mine(every))
         streams = self._streams
         if streams is None:
             first = tree_map(lambda leaf: leaf[0], data)
-            streams = _stacked(begin(self._live.rules, *first), self.num_streams)
+            streams = _stacked(begin(self._live.rules, *first), len(data[0]))
             self._example = tree_map(torch.zeros_like, first)
         streams, data = self._live.fitted(streams, data, axis=2)
-        every = self.config.every
-        adapting = every == 1 or bool(((streams.counts.calls + 1) % every == 0).any())
+        period = self.config.every
+        adapting = period == 1 or bool(((streams.counts.calls + 1) % period == 0).any())
         report: Report
         after, report = self._updates[measured, adapting](streams, self._live.others(), *data)
         if not self._all_active:
-            after = _where(self._active, after, streams)
+            active = self._rows.mine(self._active)
+            after = _where(active, after, streams)
             nothing = Report(*(torch.full_like(t, torch.nan if t.is_floating_point() else 0) for t in report))
             nothing = nothing._replace(outcome=torch.full_like(report.outcome, Outcome.DROPPED))
-            report = _where(self._active, report, nothing)
+            report = _where(active, report, nothing)
         self._streams = after
-        return report
+        of_all: Report = self._rows.whole(report, self.num_streams)
+        return of_all
 
     def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """(streams or their parameters, others, *data) mapped over streams."""
@@ -290,6 +316,12 @@ class StreamAdapter:
             fresh(rules, one.buffer, () if rules.guard is None else one.guard.anchor_hidden), number
         )
         return streams
+
+    def _check_number(self, num_streams: int) -> None:
+        if num_streams < self._rows.shards.size:
+            raise ValueError(
+                f"num_streams must be at least the number of ranks, {self._rows.shards.size}; got {num_streams}."
+            )
 
     def _check(self, x: Any, y: Any, hidden_state: Any) -> None:
         check_pair("x", x, "y", y, self._live.like, optional=True)
@@ -311,14 +343,9 @@ class StreamAdapter:
         return mask.to(self._active.device)
 
 
-def _rows(tree: Any) -> Any:
+def _as_batches(tree: Any) -> Any:
     """(N, ...) -> (N, 1, ...): every stream is a batch of one row."""
     return tree_map(lambda leaf: leaf[:, None], tree)
-
-
-def _one_row(tree: Any) -> Any:
-    """(N, 1, ...) -> (N, ...)."""
-    return tree_map(lambda leaf: leaf[:, 0], tree)
 
 
 def _stacked(tree: Any, number: int) -> Any:
