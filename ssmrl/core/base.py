@@ -59,7 +59,7 @@ class StateModel(nn.Module, ABC):
     @property
     @abstractmethod
     def constructor_arguments(self) -> dict[str, Any]:
-        """The arguments that build this model again, `device` apart; values that JSON can hold."""
+        """The arguments that build this model again, `device` and `dtype` apart; values that JSON can hold."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and constructor arguments to `path`, in safetensors format, without pickle.

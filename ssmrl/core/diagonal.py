@@ -48,7 +48,7 @@ class DiagonalSSM(StateModel):
         input_dim: D, features of x_t.
         output_dim: O, features of y_t.
         hidden_dim: H, features between the layers.
-        device: where the weights are.
+        device, dtype: of the weights; None: `torch.get_default_dtype()`.
         num_layers: L.
 
     Raises:
@@ -63,6 +63,7 @@ class DiagonalSSM(StateModel):
         hidden_dim: int = 128,
         device: torch.device | str = "cpu",
         *,
+        dtype: torch.dtype | None = None,
         num_layers: int = 2,
     ) -> None:
         check_dimensions(state_dim=state_dim, input_dim=input_dim, output_dim=output_dim, hidden_dim=hidden_dim)
@@ -73,9 +74,9 @@ class DiagonalSSM(StateModel):
         self.output_dim = output_dim
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
-        self.input = nn.Linear(input_dim, hidden_dim, device=device)
-        self.layers = nn.ModuleList(_Layer(state_dim, hidden_dim, device) for _ in range(num_layers))
-        self.output = nn.Linear(hidden_dim, output_dim, device=device)
+        self.input = nn.Linear(input_dim, hidden_dim, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(_Layer(state_dim, hidden_dim, device, dtype) for _ in range(num_layers))
+        self.output = nn.Linear(hidden_dim, output_dim, device=device, dtype=dtype)
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:
@@ -121,16 +122,22 @@ class DiagonalSSM(StateModel):
 class _Layer(nn.Module):
     """LayerNorm, diagonal state space with a skip, gate, residual."""
 
-    def __init__(self, state_dim: int, hidden_dim: int, device: torch.device | str) -> None:
+    def __init__(self, state_dim: int, hidden_dim: int, device: torch.device | str, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.norm = LayerNorm(hidden_dim, device=device)
-        self.log_minus_re_lambda = nn.Parameter(torch.full((state_dim,), math.log(0.5), device=device))
-        self.im_lambda = nn.Parameter(math.pi * torch.arange(state_dim, device=device))
-        self.log_dt = nn.Parameter(torch.empty(state_dim, device=device).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)))
-        self.b = nn.Parameter(torch.empty(2, state_dim, hidden_dim, device=device).normal_(0, (2 * hidden_dim) ** -0.5))
-        self.c = nn.Parameter(torch.empty(hidden_dim, 2, state_dim, device=device).normal_(0, (2 * state_dim) ** -0.5))
-        self.d = nn.Parameter(torch.empty(hidden_dim, device=device).normal_())
-        self.gate = nn.Linear(hidden_dim, hidden_dim, device=device)
+        self.norm = LayerNorm(hidden_dim, device=device, dtype=dtype)
+        self.log_minus_re_lambda = nn.Parameter(torch.full((state_dim,), math.log(0.5), device=device, dtype=dtype))
+        self.im_lambda = nn.Parameter((math.pi * torch.arange(state_dim, device=device)).to(dtype))
+        self.log_dt = nn.Parameter(
+            torch.empty(state_dim, device=device, dtype=dtype).uniform_(math.log(_DT_MIN), math.log(_DT_MAX))
+        )
+        self.b = nn.Parameter(
+            torch.empty(2, state_dim, hidden_dim, device=device, dtype=dtype).normal_(0, (2 * hidden_dim) ** -0.5)
+        )
+        self.c = nn.Parameter(
+            torch.empty(hidden_dim, 2, state_dim, device=device, dtype=dtype).normal_(0, (2 * state_dim) ** -0.5)
+        )
+        self.d = nn.Parameter(torch.empty(hidden_dim, device=device, dtype=dtype).normal_())
+        self.gate = nn.Linear(hidden_dim, hidden_dim, device=device, dtype=dtype)
 
     def forward(self, v: Tensor, h_0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """(T, B, H), the state before (B, 2, S) and Bool (T, B) -> (T, B, H) and the state after (B, 2, S)."""

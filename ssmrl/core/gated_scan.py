@@ -343,11 +343,13 @@ def _outer(left: Tensor, right: Tensor, width: int) -> Tensor:
 class RecurrentWeights(nn.Module):
     """The weights of a one-layer `nn.GRU` or `nn.LSTM`, under their names and with their initialisation U(±1/√S)."""
 
-    def __init__(self, input_dim: int, state_dim: int, num_gates: int, device: torch.device | str) -> None:
+    def __init__(
+        self, input_dim: int, state_dim: int, num_gates: int, device: torch.device | str, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         shapes = {"weight_ih_l0": (input_dim,), "weight_hh_l0": (state_dim,), "bias_ih_l0": (), "bias_hh_l0": ()}
         for name, shape in shapes.items():
-            weight = torch.empty(num_gates * state_dim, *shape, device=device)
+            weight = torch.empty(num_gates * state_dim, *shape, device=device, dtype=dtype)
             nn.init.uniform_(weight, -(state_dim**-0.5), state_dim**-0.5)
             self.register_parameter(name, nn.Parameter(weight))
         self.weight_ih_l0: Tensor

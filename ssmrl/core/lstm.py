@@ -38,20 +38,28 @@ class LSTM(StateModel):
         state_dim: S, width of h and of c.
         input_dim: D, features of x_t.
         output_dim: O, features of y_t.
-        device: where the weights are.
+        device, dtype: of the weights; None: `torch.get_default_dtype()`.
 
     Raises:
         ValueError: a size that is not a positive integer.
     """
 
-    def __init__(self, state_dim: int, input_dim: int, output_dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        state_dim: int,
+        input_dim: int,
+        output_dim: int,
+        device: torch.device | str = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         check_dimensions(state_dim=state_dim, input_dim=input_dim, output_dim=output_dim)
         super().__init__()
         self.state_dim = state_dim
         self.input_dim = input_dim
         self.output_dim = output_dim
-        self.rnn = RecurrentWeights(input_dim, state_dim, num_gates=4, device=device)
-        self.readout = nn.Linear(state_dim, output_dim, device=device)
+        self.rnn = RecurrentWeights(input_dim, state_dim, num_gates=4, device=device, dtype=dtype)
+        self.readout = nn.Linear(state_dim, output_dim, device=device, dtype=dtype)
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:

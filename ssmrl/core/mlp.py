@@ -28,23 +28,29 @@ class MLP(StateModel):
         input_dim: D, features of x_t.
         output_dim: O, features of y_t.
         hidden_dim: H, width of both hidden layers.
-        device: where the weights are.
+        device, dtype: of the weights; None: `torch.get_default_dtype()`.
 
     Raises:
         ValueError: a size that is not a positive integer.
     """
 
     def __init__(
-        self, input_dim: int, output_dim: int, hidden_dim: int = 128, device: torch.device | str = "cpu"
+        self,
+        input_dim: int,
+        output_dim: int,
+        hidden_dim: int = 128,
+        device: torch.device | str = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_dimensions(input_dim=input_dim, output_dim=output_dim, hidden_dim=hidden_dim)
         super().__init__()
         self.input_dim = input_dim
         self.output_dim = output_dim
         self.hidden_dim = hidden_dim
-        self.input = nn.Linear(input_dim, hidden_dim, device=device)
-        self.hidden = nn.Linear(hidden_dim, hidden_dim, device=device)
-        self.output = nn.Linear(hidden_dim, output_dim, device=device)
+        self.input = nn.Linear(input_dim, hidden_dim, device=device, dtype=dtype)
+        self.hidden = nn.Linear(hidden_dim, hidden_dim, device=device, dtype=dtype)
+        self.output = nn.Linear(hidden_dim, output_dim, device=device, dtype=dtype)
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:

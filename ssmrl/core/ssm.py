@@ -27,7 +27,7 @@ class StateSpaceModel(StateModel):
         input_dim: D, features of x_t.
         output_dim: O, features of y_t.
         hidden_dim: H, width of both MLPs.
-        device: where the weights are.
+        device, dtype: of the weights; None: `torch.get_default_dtype()`.
 
     Raises:
         ValueError: a size that is not a positive integer.
@@ -40,6 +40,8 @@ class StateSpaceModel(StateModel):
         output_dim: int,
         hidden_dim: int = 128,
         device: torch.device | str = "cpu",
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_dimensions(state_dim=state_dim, input_dim=input_dim, output_dim=output_dim, hidden_dim=hidden_dim)
         super().__init__()
@@ -47,10 +49,10 @@ class StateSpaceModel(StateModel):
         self.input_dim = input_dim
         self.output_dim = output_dim
         self.hidden_dim = hidden_dim
-        self.state_mlp = _MLP(state_dim, hidden_dim, state_dim, device)
-        self.state_input = nn.Linear(input_dim, state_dim, device=device)
-        self.output_mlp = _MLP(state_dim, hidden_dim, output_dim, device)
-        self.output_input = nn.Linear(input_dim, output_dim, device=device)
+        self.state_mlp = _MLP(state_dim, hidden_dim, state_dim, device, dtype)
+        self.state_input = nn.Linear(input_dim, state_dim, device=device, dtype=dtype)
+        self.output_mlp = _MLP(state_dim, hidden_dim, output_dim, device, dtype)
+        self.output_input = nn.Linear(input_dim, output_dim, device=device, dtype=dtype)
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:
@@ -106,10 +108,12 @@ class StateSpaceModel(StateModel):
 class _MLP(nn.Module):
     """Linear-ReLU-Linear."""
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, device: torch.device | str) -> None:
+    def __init__(
+        self, input_dim: int, hidden_dim: int, output_dim: int, device: torch.device | str, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
-        self.hidden = nn.Linear(input_dim, hidden_dim, device=device)
-        self.out = nn.Linear(hidden_dim, output_dim, device=device)
+        self.hidden = nn.Linear(input_dim, hidden_dim, device=device, dtype=dtype)
+        self.out = nn.Linear(hidden_dim, output_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.hidden(x).relu())

@@ -53,7 +53,7 @@ class Transformer(StateModel):
         input_dim: D, features of x_t.
         output_dim: O, features of y_t.
         hidden_dim: H, width of the feed-forward blocks.
-        device: where the weights are.
+        device, dtype: of the weights; None: `torch.get_default_dtype()`.
         num_layers: L.
         num_heads: heads that the attention is split into.
         window: W, how many earlier steps a step attends to, and the length of the cache.
@@ -71,6 +71,7 @@ class Transformer(StateModel):
         hidden_dim: int = 512,
         device: torch.device | str = "cpu",
         *,
+        dtype: torch.dtype | None = None,
         num_layers: int = 2,
         num_heads: int = 4,
         window: int = 64,
@@ -90,9 +91,9 @@ class Transformer(StateModel):
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.window = window
-        self.input = nn.Linear(input_dim, model_dim, device=device)
-        self.layers = nn.ModuleList(_Layer(model_dim, hidden_dim, num_heads, device) for _ in range(num_layers))
-        self.output = nn.Linear(model_dim, output_dim, device=device)
+        self.input = nn.Linear(input_dim, model_dim, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(_Layer(model_dim, hidden_dim, num_heads, device, dtype) for _ in range(num_layers))
+        self.output = nn.Linear(model_dim, output_dim, device=device, dtype=dtype)
 
     @property
     def constructor_arguments(self) -> dict[str, Any]:
@@ -191,15 +192,17 @@ class Transformer(StateModel):
 class _Layer(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, Linear-ReLU-Linear, residual."""
 
-    def __init__(self, model_dim: int, hidden_dim: int, num_heads: int, device: torch.device | str) -> None:
+    def __init__(
+        self, model_dim: int, hidden_dim: int, num_heads: int, device: torch.device | str, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = LayerNorm(model_dim, device=device)
-        self.queries_keys_values = nn.Linear(model_dim, 3 * model_dim, device=device)
-        self.attention_out = nn.Linear(model_dim, model_dim, device=device)
-        self.feed_forward_norm = LayerNorm(model_dim, device=device)
-        self.hidden = nn.Linear(model_dim, hidden_dim, device=device)
-        self.out = nn.Linear(hidden_dim, model_dim, device=device)
+        self.attention_norm = LayerNorm(model_dim, device=device, dtype=dtype)
+        self.queries_keys_values = nn.Linear(model_dim, 3 * model_dim, device=device, dtype=dtype)
+        self.attention_out = nn.Linear(model_dim, model_dim, device=device, dtype=dtype)
+        self.feed_forward_norm = LayerNorm(model_dim, device=device, dtype=dtype)
+        self.hidden = nn.Linear(model_dim, hidden_dim, device=device, dtype=dtype)
+        self.out = nn.Linear(hidden_dim, model_dim, device=device, dtype=dtype)
 
     def forward(
         self, z: Tensor, cached_keys: Tensor, cached_values: Tensor, attended: Tensor

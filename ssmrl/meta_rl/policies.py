@@ -61,6 +61,7 @@ class GaussianHead(nn.Module):
         depends_on_input: whether the standard deviations are outputs of the model. False: A parameters.
         squash: actions are tanh of the Gaussian's, in (-1, 1).
         min_log_std: what log standard deviations are kept above, with derivative 0 below.
+        device, dtype: of the parameter.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class GaussianHead(nn.Module):
         depends_on_input: bool = False,
         squash: bool = False,
         min_log_std: float = math.log(1e-6),
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_dimensions(action_dim=action_dim)
@@ -80,7 +83,8 @@ class GaussianHead(nn.Module):
         self.num_outputs = 2 * action_dim if depends_on_input else action_dim
         self.squash, self.min_log_std = squash, min_log_std
         self.initial_log_std = log_std
-        self.log_std = None if depends_on_input else nn.Parameter(torch.full((action_dim,), float(log_std)))
+        initial = torch.full((action_dim,), float(log_std), device=device, dtype=dtype)
+        self.log_std = None if depends_on_input else nn.Parameter(initial)
 
     def forward(self, output: Tensor) -> Gaussian | TanhGaussian:
         """(..., num_outputs) -> a distribution over (..., A)."""

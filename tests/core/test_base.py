@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -19,12 +20,12 @@ from ssmrl.core.base import initial_state
 
 D, O = 3, 2  # noqa: E741
 MODELS = {
-    "StateSpaceModel": lambda: StateSpaceModel(state_dim=4, input_dim=D, output_dim=O, hidden_dim=5),
-    "GRU": lambda: GRU(state_dim=3, input_dim=D, output_dim=O),
-    "LSTM": lambda: LSTM(state_dim=3, input_dim=D, output_dim=O),
-    "MLP": lambda: MLP(input_dim=D, output_dim=O, hidden_dim=5),
-    "Transformer": lambda: Transformer(4, D, O, hidden_dim=3, num_heads=2, window=2),
-    "DiagonalSSM": lambda: DiagonalSSM(state_dim=2, input_dim=D, output_dim=O, hidden_dim=3),
+    "StateSpaceModel": partial(StateSpaceModel, 4, D, O, hidden_dim=5),
+    "GRU": partial(GRU, 3, D, O),
+    "LSTM": partial(LSTM, 3, D, O),
+    "MLP": partial(MLP, D, O, hidden_dim=5),
+    "Transformer": partial(Transformer, 4, D, O, hidden_dim=3, num_heads=2, window=2),
+    "DiagonalSSM": partial(DiagonalSSM, 2, D, O, hidden_dim=3),
 }
 over_models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
@@ -57,6 +58,16 @@ def spoiled(state):
 
 def close(ours, theirs, tolerance=1e-12):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@over_models
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_states_and_outputs_have_the_dtype_and_device_that_were_asked_for(make, dtype):
+    model = make(dtype=dtype)
+    output, after = model(torch.randn(2, 5, D, dtype=dtype), model.init_hidden(2))
+    floats = [leaf for leaf in leaves(after) if leaf.is_floating_point()]
+    assert {t.dtype for t in [*model.parameters(), *model.buffers(), *floats, output]} == {dtype}
+    assert {p.device.type for p in make(device="meta", dtype=dtype).parameters()} == {"meta"}
 
 
 @over_models
