@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,6 +91,8 @@ class Arguments:
     """Updates of a turn, one after the other as in training."""
     compile: bool = False
     """Compile the meta-gradient, which every process does for itself."""
+    chunk_size: int | None = None
+    """Of `MetaMAML`: a smaller one needs less memory, and less of the way to it."""
     out: Path = Path("output/scaling.json")
     """File for the figures; the plot is beside it."""
 
@@ -139,7 +142,8 @@ def updates(arguments: Arguments, number: int, group: dist.ProcessGroup | None) 
     sizes = SIZES[arguments.size]
     torch.manual_seed(0)
     model = StateSpaceModel(sizes.S, sizes.D, sizes.O, hidden_dim=sizes.H)
-    maml = MetaMAML(model, inner_lr=0.01, compile=arguments.compile, process_group=group)
+    options: dict[str, Any] = {"compile": arguments.compile, "chunk_size": arguments.chunk_size}
+    maml = MetaMAML(model, inner_lr=0.01, process_group=group, **options)
     tasks = tasks_of(sizes, number)
     return lambda: maml.meta_update(tasks)
 
@@ -214,7 +218,7 @@ def report(arguments: Arguments, found: dict[str, list[float]]) -> dict[str, Any
         "networks": {name: network._asdict() for name, network in NETWORKS.items()},
         "date": time.strftime("%Y-%m-%d"),
         "arguments": {**asdict(arguments), "out": str(arguments.out)},
-        "command": "python benchmarks/scaling.py" + (" --compile" if arguments.compile else ""),
+        "command": " ".join(["python benchmarks/scaling.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

@@ -141,7 +141,7 @@ class MetaLearner:
 
     def _update(self, chunks: list[tuple[int, Any]], number: int, mine: slice) -> float:
         leaves = self._leaves()
-        losses = leaves[0].new_zeros(number)
+        losses = leaves[0].new_zeros(number, dtype=loss_dtype(leaves[0]))
         with self.outer_step.clean(leaves):
             if chunks:
                 losses[mine] = torch.cat([self._backward(chunk, number) for _, chunk in chunks]).to(losses)
@@ -330,6 +330,11 @@ def check_chunk_size(chunk_size: Any) -> int | None:
     if size < 1:
         raise ValueError(f"chunk_size must be None or at least 1; got {size}.")
     return size
+
+
+def loss_dtype(like: Tensor) -> torch.dtype:
+    """What losses are kept and summed in: float32 at least, for weights of fewer bits."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def is_finite(gradient: Tensor | None) -> bool:

@@ -35,6 +35,7 @@ from ssmrl.meta_rl.meta_learner import (
     check_losses,
     copy_into,
     is_finite,
+    loss_dtype,
 )
 from ssmrl.meta_rl.nonfinite import NonFinite
 from ssmrl.meta_rl.objectives import multi_step_loss, post_adaptation_loss
@@ -227,7 +228,8 @@ class MetaMAML:
         params = trainable_parameters(self.model)
         groups = self._chunks(group_tasks(tasks, initial_hidden_state, _first(params)))
         steps = self._num_steps(num_steps)
-        losses = _first(params).new_empty(sum(len(group.indices) for group in groups))
+        number = sum(len(group.indices) for group in groups)
+        losses = _first(params).new_empty(number, dtype=loss_dtype(_first(params)))
         for group in groups:
             options: dict[str, Any] = {"num_steps": steps, "first_order": True}
             meta: Any = (dict(params), [], group.initial_state)
@@ -294,7 +296,7 @@ class MetaMAML:
 
     def _update(self, params: dict[str, nn.Parameter], groups: list[TaskGroup], loss_fn: Loss) -> float:
         num_tasks = sum(len(group.indices) for group in groups)
-        losses = _first(params).new_zeros(num_tasks)
+        losses = _first(params).new_zeros(num_tasks, dtype=loss_dtype(_first(params)))
         with self.outer_step.clean(params.values()):
             for group in self._chunks(shared_out(groups, self.shards.share(num_tasks))):
                 # A backward pass each, so that only one group's graph is in memory.
