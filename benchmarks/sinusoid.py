@@ -7,6 +7,7 @@ and on a grid over [-5, 5]; means over seeds with 95 % Student t intervals.
 
     python benchmarks/sinusoid.py                                          # MAML, one seed: two minutes
     python benchmarks/sinusoid.py --seeds 3 --algorithms all               # the table of docs/sinusoid.md
+    python benchmarks/sinusoid.py --seeds 3 --algorithms all --resume      # without the runs that were finished
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ssmrl.adaptation import (
     scale_by_learning_rates,
     split,
 )
+from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 from ssmrl.core import functional_forward
 from ssmrl.meta_rl import MetaLearner
 from ssmrl.meta_rl.objectives import implicit_loss, multi_step_loss, post_adaptation_loss, reptile_loss
@@ -64,6 +66,10 @@ class Arguments:
     """Outer steps."""
     compile: Literal["inductor", "trace", "eager"] = "inductor"
     """How the meta-gradient is run."""
+    runs: Path = Path("output/sinusoid")
+    """Folder for what single runs found."""
+    resume: bool = False
+    """Take what is there of runs with the same arguments."""
     out: Path = Path("output/sinusoid.json")
     """File for the figures; the plot goes beside it."""
 
@@ -308,6 +314,19 @@ def run(name: str, seed: int, iterations: int, compile: str) -> dict[str, Any]:
     }
 
 
+def kept(folder: Path, resume: bool, name: str, seed: int, iterations: int, compile: str) -> dict[str, Any]:
+    """What `run` finds, or found before with the same arguments; it is saved when it is there."""
+    folder = folder / f"{name}-{seed}-{iterations}-{compile}"
+    found = load_checkpoint(folder) if resume else None
+    if found is not None:
+        result: dict[str, Any] = found.state
+        return result
+    result = run(name, seed, iterations, compile)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder, iterations, result, keep=1)
+    return result
+
+
 @torch.no_grad()
 def errors(algorithm: Algorithm, test: dict[str, Tensor], steps: int) -> dict[str, float]:
     def both(task: dict[str, Tensor]) -> Tensor:
@@ -406,7 +425,8 @@ def main(arguments: Arguments) -> None:
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in names]
     results = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        pending = [pool.submit(run, *job, arguments.iterations, arguments.compile) for job in jobs]
+        one = partial(kept, arguments.runs, arguments.resume)
+        pending = [pool.submit(one, *job, arguments.iterations, arguments.compile) for job in jobs]
         for job, future in zip(jobs, pending, strict=True):
             results.append(future.result())
             after = "  ".join(f"{steps}: {e['query']:.3f}" for steps, e in results[-1]["errors"][SHOTS[0]].items())

@@ -72,6 +72,18 @@ def test_a_short_run_learns_to_adapt_and_writes_its_figures(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_finished_runs_are_not_made_again(sinusoid, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        first = sinusoid.kept(tmp_path / "runs", True, "maml", 0, 2, "eager")
+        again = sinusoid.kept(tmp_path / "runs", True, "maml", 0, 2, "eager")
+        assert again == first  # seconds included
+        assert sinusoid.kept(tmp_path / "runs", False, "maml", 0, 2, "eager")["seconds"] != first["seconds"]
+        assert sinusoid.kept(tmp_path / "runs", True, "maml", 0, 3, "eager")["loss"] != first["loss"]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_an_unknown_algorithm_is_refused(tmp_path):
     command = [sys.executable, str(SCRIPT), "--algorithms", "sgd", "--out", str(tmp_path / "s.json")]
     done = subprocess.run(command, capture_output=True, text=True)
