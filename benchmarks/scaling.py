@@ -1,7 +1,7 @@
 """What more processes gain: meta-updates shared by ranks, measured here and projected to 1,024 ranks.
 
-    python benchmarks/scaling.py                                        # two processes of one thread each, a minute
-    python benchmarks/scaling.py --compile --out docs/results/scaling.json
+    python benchmarks/scaling.py                                        # two processes of one thread each, two minutes
+    python benchmarks/scaling.py --compile
     python benchmarks/scaling.py --ranks 8 --size tiny
 
 The case is rl20 of meta_gradient_speed.py: 20 tasks of 4 sequences of 50 steps, a StateSpaceModel 64-128 of 29,033
@@ -85,8 +85,8 @@ class Arguments:
     """tiny runs in seconds, for tests."""
     ranks: int = 2
     """Processes, of one thread each."""
-    repeats: int = 20
-    """Turns of every way."""
+    repeats: int = 40
+    """Turns of every way, at least 2."""
     in_turn: int = 5
     """Updates of a turn, one after the other as in training."""
     compile: bool = False
@@ -105,16 +105,18 @@ class Costs(NamedTuple):
 
 
 def fit(seconds: dict[int, float]) -> Costs:
-    """The least-squares line through the times of updates of so many tasks."""
+    """The least-squares line through the times of updates of so many tasks, which does not begin below 0."""
     n, t = list(seconds), list(seconds.values())
     slope, intercept = statistics.linear_regression(n, t)
-    return Costs(max(intercept, 0.0), slope)
+    if intercept < 0:
+        slope, intercept = statistics.linear_regression(n, t, proportional=True)
+    return Costs(intercept, slope)
 
 
 def projected(costs: Costs, network: Network, nbytes: int, tasks: int, ranks: int) -> float:
-    """Seconds of an update of N tasks on R ranks."""
+    """Seconds of an update of N tasks on R ranks, of so many bytes beside a loss in float32 for every task."""
     rounds = 2 * math.ceil(math.log2(ranks)) * network.latency
-    sent = 2 * (ranks - 1) / ranks * nbytes / network.bandwidth
+    sent = 2 * (ranks - 1) / ranks * (nbytes + 4 * tasks) / network.bandwidth
     return costs.fixed + costs.task * math.ceil(tasks / ranks) + rounds + sent
 
 
@@ -126,10 +128,10 @@ def efficiency(costs: Costs, network: Network, nbytes: int, kind: str, per_rank:
     return alone / there / (ranks if kind == "strong" else 1)
 
 
-def bytes_of(model: torch.nn.Module, tasks: int) -> int:
-    """Of the sums of an update: the meta-gradient, a flag for every parameter and a loss for every task."""
+def bytes_of(model: torch.nn.Module) -> int:
+    """Of the sums of an update, beside a loss for every task: the meta-gradient, and a flag for every parameter."""
     params = list(model.parameters())
-    return sum(p.nbytes for p in params) + (len(params) + tasks) * params[0].element_size()
+    return sum(p.nbytes for p in params) + 4 * len(params)
 
 
 def tasks_of(sizes: Sizes, number: int) -> tuple[torch.Tensor, ...]:
@@ -171,7 +173,7 @@ def measure(rank: int, arguments: Arguments, folder: str) -> None:
     group, number = dist.group.WORLD, SIZES[arguments.size].N
     assert group is not None
     sizes = (number // 2, number, 2 * number)
-    share = updates(arguments, number // arguments.ranks, None)
+    share = updates(arguments, max(number // arguments.ranks, 1), None)
     ways: dict[str, Callable[[], Any] | None] = {  # None: this rank waits
         **{f"alone, {n}": updates(arguments, n, None) if rank == 0 else None for n in sizes},
         "side by side": lambda: (share(), dist.barrier()),
@@ -198,7 +200,7 @@ def report(arguments: Arguments, found: dict[str, list[float]]) -> dict[str, Any
     sizes, ranks = SIZES[arguments.size], arguments.ranks
     median = {name: statistics.median(times) for name, times in found.items()}
     costs = fit({n: median[f"alone, {n}"] for n in (sizes.N // 2, sizes.N, 2 * sizes.N)})
-    nbytes = bytes_of(StateSpaceModel(sizes.S, sizes.D, sizes.O, hidden_dim=sizes.H), sizes.N)
+    nbytes = bytes_of(StateSpaceModel(sizes.S, sizes.D, sizes.O, hidden_dim=sizes.H))
     alone = median[f"alone, {sizes.N}"]
     pairs = zip(found[f"alone, {sizes.N}"], found["strong"], strict=True)
     return {
@@ -206,7 +208,7 @@ def report(arguments: Arguments, found: dict[str, list[float]]) -> dict[str, Any
         "strong speed-up": alone / median["strong"],
         "strong speed-up, quartiles of turns": statistics.quantiles([a / b for a, b in pairs], n=4),
         "weak speed-up": ranks * alone / median["weak"],
-        "bytes of an update": nbytes,
+        "bytes of an update": nbytes + 4 * sizes.N,
         "costs in milliseconds": {name: 1000 * value for name, value in costs._asdict().items()},
         "projected efficiency": {
             name: {
@@ -243,6 +245,8 @@ def plot(arguments: Arguments, figures: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Arguments) -> None:
+    if arguments.repeats < 2:
+        raise SystemExit(f"--repeats must be at least 2; got {arguments.repeats}.")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(measure, (arguments, folder), nprocs=arguments.ranks, start_method="spawn")
         found = json.loads(Path(folder, "found.json").read_text())

@@ -377,6 +377,8 @@ def main(arguments: Arguments) -> None:
     model = StateSpaceModel(state_dim=32, input_dim=4, output_dim=3, hidden_dim=64)
     found = load_checkpoint(folder) if arguments.resume else None
     state = {"rounds": 0, "data": None, "hidden": None, "meta": None} if found is None else found.state
+    if found is not None:
+        print(*found.skipped, sep="\n", end="")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def save():

@@ -21,7 +21,6 @@ import re
 import shutil
 import stat
 import struct
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,8 +122,7 @@ def load_checkpoint(folder: str | os.PathLike[str], step: int | None = None) -> 
         step: only checkpoints of this step; None: of any.
 
     Returns:
-        The checkpoint, whose `skipped` names the damaged ones, as a warning does. None: there is no checkpoint, or no
-            `folder`.
+        The checkpoint, whose `skipped` names the damaged ones. None: there is no checkpoint, or no `folder`.
 
     Raises:
         CheckpointError: all are damaged, or there is none of the `step` that was asked for.
@@ -135,14 +133,10 @@ def load_checkpoint(folder: str | os.PathLike[str], step: int | None = None) -> 
     while untried := [path for path in _candidates(folder, step) if path not in damaged]:
         path = untried[-1]
         try:
-            found = Checkpoint(*_read(path), path, tuple(damaged.values()))
+            return Checkpoint(*_read(path), path, tuple(damaged.values()))
         except Exception as error:  # whatever a hostile file makes a parser raise
             if path in _candidates(folder, step):  # or else a save has deleted it meanwhile, and there is a newer one
                 damaged[path] = f"{str(path)!r} is damaged: {error or type(error).__name__}"
-            continue
-        if damaged:
-            warnings.warn(f"{' '.join(damaged.values())} It goes on from {str(path)!r}.", stacklevel=2)
-        return found
     if damaged:
         raise CheckpointError(f"No checkpoint is valid. {' '.join(damaged.values())}")
     if step is not None:

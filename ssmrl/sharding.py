@@ -59,8 +59,8 @@ class Shards:
         """The largest of a number that every rank has one of."""
         if self.group is None:
             return number
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        of_all = torch.tensor(number, device=device)
+        devices = [backend.split(":")[0] for backend in dist.get_backend_config(self.group).split(",")]
+        of_all = torch.tensor(number, device="cpu" if "cpu" in devices else devices[0])
         dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
         return int(of_all)
 
@@ -84,7 +84,9 @@ class Shards:
         """Make tensors those of the first rank."""
         if self.group is not None:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), dist.get_global_rank(self.group, 0), self.group)
+                whole = tensor.detach().contiguous()  # backends send memory, with what lies between
+                dist.broadcast(whole, dist.get_global_rank(self.group, 0), self.group)
+                tensor.copy_(whole)
 
     @torch.no_grad()
     def total(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -199,7 +201,7 @@ class Rows:
 def _bytes(leaf: Tensor) -> Tensor:
     """(n, ...) -> UInt8 (n, bytes of a row)."""
     rows = leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]
-    return rows.contiguous().view(torch.uint8)
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows).view(torch.uint8)
 
 
 def _like(packed: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -31,7 +31,8 @@ class StopSignal:
     to this one, so that those of environments serve the update that is to be finished; SIGTERM ends them as usual.
 
     Ranks of `torch.distributed` hear a signal at different updates, and one that stops by itself leaves the others
-    waiting. With their group, `stop` asks all of them, and is True on all where one has heard a signal.
+    waiting. With their group, `stop` asks all of them, and is True on all where one has heard a signal. One that comes
+    after they asked for the last time is the affair of the rank that hears it.
 
     Args:
         process_group: of `torch.distributed`, whose ranks all ask for `stop` equally often. None: one process.
@@ -62,8 +63,9 @@ class StopSignal:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
-        if self._asked is not None and kind is None:
-            signal.raise_signal(self._asked)
+        number = self._agreed or self._asked or 0
+        if number and kind is None:
+            signal.raise_signal(number)
 
     def __bool__(self) -> bool:
         """Whether a signal has come, to any rank."""

@@ -433,8 +433,7 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(tmp_path):
     paths = [save_checkpoint(tmp_path, step, state_of(step)) for step in (1, 2, 3)]
     (paths[2] / "state.json").unlink()
     (paths[1] / "tensors.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning, match=rf"{paths[2].name}.*{paths[1].name}.*goes on from '{paths[0]}'"):
-        found = loaded(tmp_path)
+    found = loaded(tmp_path)
     require_same(found.state, state_of(1))
     assert len(found.skipped) == 2
     assert f"'{paths[2]}' is damaged: " in found.skipped[0]
@@ -462,8 +461,7 @@ def test_a_newest_one_that_is_lost_is_named(tmp_path):
     save_checkpoint(tmp_path, 1, "first")
     path = save_checkpoint(tmp_path, 2, "second")
     shutil.rmtree(path)
-    with pytest.warns(UserWarning, match=path.name):
-        found = loaded(tmp_path)
+    found = loaded(tmp_path)
     assert found.state == "first"
     assert path.name in found.skipped[0]
     assert "No such file" in found.skipped[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import signal
 import subprocess
@@ -136,15 +137,29 @@ def what_is_not_finite(group, rank):
     raise AssertionError("it must be an error")
 
 
+class Shift(nn.Module):
+    """A buffer with gaps in its memory, and a parameter that is not learned: both others on every rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.randn(4)[::2])
+        self.scale = nn.Parameter(torch.randn(2), requires_grad=False)
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
 def a_policy_with_tasks_of_its_own(kind):
     """Of five tasks the first rank collects with three."""
 
     def run(group, rank):
         torch.manual_seed(rank)
-        policy = PolicyModel(nn.Linear(2, 1), GaussianHead(1, log_std=-0.5)).double()
-        rates = learning_rates(dict(policy.named_parameters()), 0.1)
+        model = nn.Sequential(Shift(), nn.Linear(2, 1))
+        policy = PolicyModel(model, GaussianHead(1, log_std=-0.5)).double()
+        params = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        rates = learning_rates(params, 0.1)
         maml = PolicyMAML(policy, torchopt.chain(scale_by_learning_rates(rates)))
-        outer_optimizer = torch.optim.SGD([*policy.parameters(), *rates.values()], LR)
+        outer_optimizer = torch.optim.SGD([*params.values(), *rates.values()], LR)
         settings: dict[str, Any] = {"exploration_weight": 0.3, "process_group": group}
         outer: Any
         if kind == "gradient":
@@ -174,20 +189,26 @@ def a_policy_with_tasks_of_its_own(kind):
         for _ in range(2):
             done = outer.step(maml.collect(collect, mine.stop - mine.start))
             losses += done if kind == "gradient" else [float(done.loss), float(done.loss_after), done.fraction]
-        params, learned = maml.meta_params
-        return {"losses": losses, "rates": torch.stack([r.detach() for r in learned])} | {
+        return {"losses": losses, "rates": torch.stack([r.detach() for r in rates.values()])} | {
             n: p.detach() for n, p in params.items()
         }
 
     return run
 
 
-def a_policy_with_memory_and_rows_of_its_own(group, rank):
+def a_policy_with_memory_and_rows_of_its_own(group, rank, minibatches=1, max_divergence=None):
     """Of five rows the first rank has three; one that is not finite is the other's."""
     torch.manual_seed(rank)
     policy = PolicyModel(GRU(4, 3, 4), CategoricalHead(3), has_value=True).double()
     optimizer = torch.optim.SGD(policy.parameters(), LR)
-    ppo = PPO(policy, optimizer, minibatches=1, nonfinite=NonFinite("skip"), process_group=group)
+    ppo = PPO(
+        policy,
+        optimizer,
+        minibatches=minibatches,
+        max_divergence=max_divergence,
+        nonfinite=NonFinite("skip"),
+        process_group=group,
+    )
     mine = slice(0, 5) if group is None else slice(0, 3) if rank == 0 else slice(3, 5)
     found = []
     for n in range(3):
@@ -233,9 +254,12 @@ def live(adapter, seed, steps=6):
     return seen
 
 
-def streams(group, rank, found=None):
+WAITING = AdaptationConfig(num_steps=2, optimizer=torchopt.adam(0.05), from_anchor=True, every=2)
+
+
+def streams(group, rank, found=None, config=LIVE):
     """Live streams that come and go; with what another run found, it goes on from there."""
-    adapter = StreamAdapter(model_of(rank), LIVE, num_streams=5, process_group=group)
+    adapter = StreamAdapter(model_of(rank), config, num_streams=5, process_group=group)
     before, seen = None, []
     if found is not None:
         adapter.load_state_dict(found)
@@ -246,9 +270,9 @@ def streams(group, rank, found=None):
         for masked in (adapter.reset, adapter.drop):
             masked(torch.tensor([True, False, False, True, False]))
             seen += live(adapter, 1)
-        rows = adapter.add(5)
-        assert rows.tolist() == [0, 3, 5, 6, 7]
-        adapter.reset(torch.tensor([False] * 5 + [True] * 3))
+        assert adapter.add(5).tolist() == [0, 3, 5, 6, 7]
+        assert adapter.add().tolist() == [8]  # of two ranks one gets none
+        adapter.reset(torch.tensor([False] * 5 + [True] * 4))
         seen += live(adapter, 2)
         found = adapter.state_dict()
     seen += [*live(adapter, 3), *(adapter.counts or ()), adapter.active]
@@ -259,8 +283,8 @@ def streams(group, rank, found=None):
     return seen, found
 
 
-def seen_of_streams(group, rank):
-    return {f"{n}": leaf for n, leaf in enumerate(streams(group, rank)[0])}
+def seen_of_streams(config):
+    return lambda group, rank: {f"{n}": leaf for n, leaf in enumerate(streams(group, rank, config=config)[0])}
 
 
 def a_signal_to_one(group, rank):
@@ -279,6 +303,21 @@ def a_signal_to_one(group, rank):
     raise AssertionError("it must have stopped")
 
 
+def a_signal_that_ends_a_loop(group, rank):
+    """The handlers that were there before get it afterwards, on all ranks."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with StopSignal(group) as stop:
+            if group is None or rank == WORLD - 1:
+                signal.raise_signal(signal.SIGTERM)
+            assert stop
+            assert not heard
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return {"heard": heard}
+
+
 SCENARIOS = {
     "even": stacked(8),
     "uneven": stacked(5),
@@ -292,8 +331,10 @@ SCENARIOS = {
     "a policy": a_policy_with_tasks_of_its_own("gradient"),
     "a policy in a trust region": a_policy_with_tasks_of_its_own("trust region"),
     "a policy with memory": a_policy_with_memory_and_rows_of_its_own,
-    "streams": seen_of_streams,
+    "streams": seen_of_streams(LIVE),
+    "streams that wait, not all at once": seen_of_streams(WAITING),
     "a signal": a_signal_to_one,
+    "a signal, and a loop that ends": a_signal_that_ends_a_loop,
     "not finite": what_is_not_finite,
 }
 
@@ -320,10 +361,20 @@ def rows(group, rank):
         torch.arange(5),
         torch.tensor([True, False, True, True, False]),
         torch.zeros(5, 0),
+        torch.randn(1, 5, generator=generator).T,
     ]
     dealt = Rows(group)
     mine = dealt.mine(tree)
     return [tree, mine, dealt.whole(mine, 5)]
+
+
+def no_tasks(group, rank):
+    learner = MetaLearner(lambda w, x: (w * x).sum(), nn.Parameter(torch.ones(2)), process_group=group, own_tasks=True)
+    try:
+        learner.update(torch.ones(3 if rank == 0 else 0, 2))
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it must be an error")
 
 
 def too_few(group):
@@ -343,7 +394,11 @@ def of_ranks(tmp_path_factory):
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(WORLD)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)
     found = [load_checkpoint(folder / f"of rank {rank}") for rank in range(WORLD)]
     return [checkpoint.state for checkpoint in found if checkpoint is not None]
@@ -389,7 +444,7 @@ def test_sums_in_buckets(of_ranks):
 
 def test_any_number_of_ranks_goes_on_with_the_streams_of_two(of_ranks):
     for found in of_ranks:
-        assert found["state of streams"]["streams"]["leaves"][0].shape[0] == 8
+        assert found["state of streams"]["streams"]["leaves"][0].shape[0] == 9
         alone, expected = streams(None, 0, found["state of streams"])[0], found["goes on"]
         assert len(alone) == len(expected)
         for a, b in zip(alone, expected, strict=True):
@@ -403,6 +458,25 @@ def test_rows_are_dealt_in_turn_and_come_back_bit_for_bit(of_ranks):
             assert leaf.dtype == again.dtype
             assert leaf.numpy().tobytes() == again.numpy().tobytes()
             assert leaf[rank::WORLD].numpy().tobytes() == part.numpy().tobytes()
+
+
+def test_minibatches_of_every_rank_are_one_and_end_together(of_ranks):
+    """The permutations of rows are others than those of one process, so that ranks are compared alone."""
+    first, second = (found["minibatches"] for found in of_ranks)
+    assert first.keys() == second.keys()
+    for a, b in zip(first.values(), second.values(), strict=True):
+        assert torch.equal(torch.as_tensor(a).nan_to_num(), torch.as_tensor(b).nan_to_num())
+    steps = first["found"][8::9]
+    assert steps[1] == 0
+    assert 0 < steps[0] < 8  # it ended before its 4 epochs of 2
+
+
+def test_a_rank_without_tasks_is_an_error_on_all(of_ranks):
+    for rank, found in enumerate(of_ranks):
+        expected = (
+            "must be a pytree of tensors" if rank == 1 else "Every rank must have at least one task; they have [3, 0]."
+        )
+        assert expected in found["no tasks"]
 
 
 def test_fewer_streams_than_ranks_are_refused(of_ranks):
@@ -484,11 +558,16 @@ def test_a_rank_that_is_killed_comes_back_and_the_curve_goes_on(tmp_path):
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    minute = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=minute
+    )
     results: dict[str, Any] = {name: run(dist.group.WORLD, rank) for name, run in SCENARIOS.items()}
     results["state of streams"] = streams(dist.group.WORLD, rank)[1]
     results["goes on"] = streams(dist.group.WORLD, rank, results["state of streams"])[0]
     results["rows"], results["too few"] = rows(dist.group.WORLD, rank), too_few(dist.group.WORLD)
+    results["minibatches"] = a_policy_with_memory_and_rows_of_its_own(dist.group.WORLD, rank, 2, 0.02)
+    results["no tasks"] = no_tasks(dist.group.WORLD, rank)
     results["reductions"] = reductions(dist.group.WORLD, rank)
     save_checkpoint(folder / f"of rank {rank}", 0, results)
     dist.destroy_process_group()

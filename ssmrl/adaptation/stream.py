@@ -262,6 +262,9 @@ def update(
         rolled_back = tried & ~stands
         step_norm = distance(adapted.params, params) if measured else last
         step_norm = torch.where(stands, step_norm, 0.0)
+        if rules.from_anchor and may_wait and not rules.branches:
+            # A stream that waits has the loss of what it predicts with, whatever the others of a stack do.
+            first = torch.where(tried, first, loss_of(params))
         last = torch.where(stands, last, first)
         params, optimizer_state = _choose(
             rules, stands, (adapted.params, adapted.optimizer_state), (params, optimizer_state)

@@ -54,8 +54,9 @@ class StreamAdapter:
         compile: True: record an update once for given shapes and compile it with TorchInductor, which for many streams
             is ten times as fast and more; "trace": record and replay it.
         process_group: of `torch.distributed`, whose ranks make the same calls with the same data, adapt the streams in
-            turn (rank r of R has r, r + R, ...), and get the results of all. The model is at first that of the first
-            rank. None: one process.
+            turn (rank r of R has r, r + R, ...), and get the results of all. `counts`, `params`, `in_use` and
+            `state_dict` have to be asked for on all ranks too. The model is at first that of the first rank. None: one
+            process.
 
     Raises:
         TypeError, ValueError: as `Adapter`; a number that is not an integer >= 1, or fewer streams than ranks; an
@@ -75,7 +76,6 @@ class StreamAdapter:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._rows = Rows(process_group)
-        self._rows.shards.broadcast([*model.parameters(), *model.buffers()])
         self.model = model
         self.config = AdaptationConfig() if config is None else config
         self.loss_fn = loss_fn
@@ -84,6 +84,7 @@ class StreamAdapter:
             if value is not None and check_num_steps(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
         self._check_number(num_streams)
+        self._rows.shards.broadcast([*model.parameters(), *model.buffers()])
         self.chunk_size = chunk_size
         self._device = device
         self._begin(LiveModel(model, self.config, device, loss_fn, for_one=False))
@@ -153,11 +154,13 @@ class StreamAdapter:
                 stream is left as it is, and so it is where steps lead to a value that is not finite.
         """
         report = self._update(False, x, y, hidden_state, reset)
-        return report.loss, report.num_steps
+        loss, num_steps = self._rows.whole((report.loss, report.num_steps), self.num_streams)
+        return loss, num_steps
 
     def update(self, x: Tensor, y: Tensor | None, hidden_state: Any, *, reset: Tensor | bool | None = None) -> Report:
         """`update_step`, and what it did in numbers, (N,) each, for the price of one more evaluation of the loss."""
-        return self._update(True, x, y, hidden_state, reset)
+        report: Report = self._rows.whole(self._update(True, x, y, hidden_state, reset), self.num_streams)
+        return report
 
     def params(self, stream: int) -> dict[str, Tensor]:
         """Copies of the weights in use of one stream, by name: of those that adapt."""
@@ -259,6 +262,8 @@ class StreamAdapter:
         saved = state["streams"]
         loaded: tuple[Stream | None, tuple[Any, ...] | None] = (None, None)
         if saved is not None:
+            if any(not isinstance(leaf, Tensor) or leaf.shape[:1] != active.shape for leaf in saved["leaves"]):
+                raise ValueError(f"The state must be of a StreamAdapter with {len(active)} streams; it is not.")
             saved = {**saved, "leaves": self._rows.mine(saved["leaves"])}
             loaded = live.loaded(saved, lambda one: _stacked(one, self._rows.count(len(active))))
         self._streams, self._example = loaded
@@ -296,8 +301,7 @@ class StreamAdapter:
             nothing = nothing._replace(outcome=torch.full_like(report.outcome, Outcome.DROPPED))
             report = _where(active, report, nothing)
         self._streams = after
-        of_all: Report = self._rows.whole(report, self.num_streams)
-        return of_all
+        return report
 
     def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """(streams or their parameters, others, *data) mapped over streams."""

@@ -126,7 +126,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.norm = LayerNorm(hidden_dim, device=device, dtype=dtype)
         self.log_minus_re_lambda = nn.Parameter(torch.full((state_dim,), math.log(0.5), device=device, dtype=dtype))
-        self.im_lambda = nn.Parameter((math.pi * torch.arange(state_dim, device=device)).to(dtype))
+        steps = torch.arange(state_dim, dtype=torch.float64)
+        self.im_lambda = nn.Parameter((math.pi * steps).to(device, dtype or torch.get_default_dtype()))
         self.log_dt = nn.Parameter(
             torch.empty(state_dim, device=device, dtype=dtype).uniform_(math.log(_DT_MIN), math.log(_DT_MAX))
         )

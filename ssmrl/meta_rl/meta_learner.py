@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,12 +102,18 @@ class MetaLearner:
             FloatingPointError: a loss or the meta-gradient is not finite, and `nonfinite` does not leave the update
                 out; the meta-parameters and the outer optimizer are as before, unless the step made them not finite.
         """
-        given = count_tasks(tasks)
         if self.own_tasks:
+            try:
+                given = count_tasks(tasks)
+            except ValueError:
+                self.shards.counts(0, self._leaves()[0])  # or the others would wait for this rank
+                raise
             counts = self.shards.counts(given, self._leaves()[0])
+            check_own(counts)
             number, mine = sum(counts), self.shards.place(counts)
         else:
-            number, mine = given, self.shards.share(given)
+            number = count_tasks(tasks)
+            mine = self.shards.share(number)
             tasks = pytree.tree_map(lambda t: t[mine], tasks)
         chunks = split_tasks(tasks, self.chunk_size) if mine.start < mine.stop else []
         return self.outer_step.updates(lambda: self._update(chunks, number, mine), math.nan)
@@ -264,7 +271,7 @@ class OuterStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would take the tensors themselves
         self.updates.load_state_dict(state["updates"])
 
     def learned(self) -> list[Tensor]:
@@ -310,6 +317,12 @@ def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor], what: str) ->
         raise ValueError(f"The state must be of {what} of shapes {shapes}; it is of {saved}.")
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def check_own(counts: Sequence[int]) -> None:
+    """Refuse, on all ranks, that one of them has no tasks of its own."""
+    if min(counts) < 1:
+        raise ValueError(f"Every rank must have at least one task; they have {list(counts)}.")
 
 
 def check_losses(losses: Tensor) -> None:

@@ -22,7 +22,8 @@ Action = Literal["raise", "skip", "roll back"]
 class NonFinite:
     """What to do where a loss, a gradient or a weight is not finite in an outer update.
 
-    - "raise": end with a FloatingPointError that names tasks or parameters; the model is as before the update.
+    - "raise": end with a FloatingPointError that says what is not finite, where it can the tasks or parameters; the
+      model is as before the update.
     - "skip": leave the update out, and count it. For tasks whose inner steps run away now and then.
     - "roll back": leave it out, and go back to the weights and the optimizer of at most `every` updates before.
       For runs whose weights are near to where everything runs away.
@@ -144,7 +145,8 @@ class Updates:
 
     @torch.no_grad()
     def _weights_finite(self) -> bool:
-        return bool(torch.isfinite(nn.utils.get_total_norm(self.learned(), torch.inf)))
+        learned = [p for p in self.learned() if p.numel()]
+        return bool(torch.isfinite(nn.utils.get_total_norm(learned, torch.inf)))
 
 
 def copy_of(learned: Sequence[Tensor], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from ssmrl.adaptation.optim import check_num_steps, check_rate
-from ssmrl.meta_rl.meta_learner import MetaLearner, copy_into, map_over_tasks, split_tasks
+from ssmrl.meta_rl.meta_learner import MetaLearner, check_own, copy_into, map_over_tasks, split_tasks
 from ssmrl.meta_rl.nonfinite import NonFinite, Updates
 from ssmrl.meta_rl.policy_maml import Loss
 from ssmrl.meta_rl.policy_meta_learner import Collected, Params, PolicyMAML, parameters_after
@@ -88,6 +88,7 @@ class GradientOuter:
             process_group=process_group,
             own_tasks=True,
         )
+        self.learner.shards.broadcast([*maml.policy.parameters(), *maml.policy.buffers()])
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -157,7 +158,7 @@ class TrustRegionOuter:
         self.options = {**options, "max_divergence": max_divergence, "process_group": process_group}
         self.updates = Updates(nonfinite, self._learned)
         self.shards = Shards(process_group)
-        self.shards.broadcast(self._learned())
+        self.shards.broadcast([*maml.policy.parameters(), *maml.policy.buffers(), *maml.rates])
         self._loss = maml.task_loss(maml.losses.surrogate, exploration_weight=exploration_weight)
         self._divergence = maml.task_loss(maml.losses.divergence)
 
@@ -176,8 +177,9 @@ class TrustRegionOuter:
         Raises:
             ValueError: it is of another policy, or of other rates.
         """
+        updates = state["updates"]
         copy_into(self._learned(), state["meta_params"], "meta-parameters")
-        self.updates.load_state_dict(state["updates"])
+        self.updates.load_state_dict(updates)
 
     def step(self, collected: Collected) -> TrustRegionStep:
         """Make the step on what was collected; one that was left out has a loss of NaN and the fraction 0.
@@ -227,6 +229,7 @@ def _gain(collected: Collected, shards: Shards) -> tuple[Tensor, list[int]]:
     """
     returns = collected.returns[-1].to(collected.batches[0].advantage.device)  # where the group communicates from
     counts = shards.counts(len(returns), returns)
+    check_own(counts)
     every = shards.gathered(returns, counts)
     gain = (every - every.mean()) / (every.std(correction=0) + 1e-8)
     return gain[shards.place(counts)], counts

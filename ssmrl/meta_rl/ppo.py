@@ -5,6 +5,7 @@ Letters: B rows, T steps, D inputs, A action components or number of actions.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -195,7 +196,7 @@ class PPO:
             ValueError, RuntimeError: it is of another policy or optimizer.
         """
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would take the tensors themselves
         self.updates.load_state_dict(state["updates"])
 
     @torch.enable_grad()
@@ -221,21 +222,34 @@ class PPO:
     def _update(self, batch: ActorCriticBatch, generator: torch.Generator, entropy_weight: float) -> PPOUpdate:
         learned = self._learned()
         before = copy_of(learned, self.optimizer)
-        terms: list[PPOTerms] = []
-        norms: list[Tensor] = []
         try:
-            for _ in range(self.epochs):
-                order = torch.randperm(len(batch.x), generator=generator, device=generator.device).to(batch.x.device)
-                for rows in order.tensor_split(self.minibatches):
-                    share, found = self._terms(some_rows(batch, rows), entropy_weight)
-                    terms.append(found)
-                    if self.max_divergence is not None and found.divergence > self.max_divergence:
-                        return _summary(batch, terms, norms, self.shards)
-                    norms.append(self._step(share, found.loss, learned))
+            terms, norms = self._steps(batch, generator, entropy_weight, learned)
+            if not all(bool(torch.isfinite(p).all()) for p in learned):
+                raise FloatingPointError(
+                    "The last step made weights that are not finite; policy and optimizer are as before the update. "
+                    "Lower the rate."
+                )
         except FloatingPointError:
             go_back(before, learned, self.optimizer)
+            self.optimizer.zero_grad()
             raise
         return _summary(batch, terms, norms, self.shards)
+
+    def _steps(
+        self, batch: ActorCriticBatch, generator: torch.Generator, entropy_weight: float, learned: list[Tensor]
+    ) -> tuple[list[PPOTerms], list[Tensor]]:
+        """Terms of every minibatch, and the norms of the gradients of all that made a step."""
+        terms: list[PPOTerms] = []
+        norms: list[Tensor] = []
+        for _ in range(self.epochs):
+            order = torch.randperm(len(batch.x), generator=generator, device=generator.device).to(batch.x.device)
+            for rows in order.tensor_split(self.minibatches):
+                share, found = self._terms(some_rows(batch, rows), entropy_weight)
+                terms.append(found)
+                if self.max_divergence is not None and found.divergence > self.max_divergence:
+                    return terms, norms
+                norms.append(self._step(share, found.loss, learned))
+        return terms, norms
 
     def _terms(self, batch: ActorCriticBatch, entropy_weight: float) -> tuple[Tensor, PPOTerms]:
         """The share of the loss that is this rank's, which has a graph, and the terms over all ranks, without."""
@@ -253,17 +267,15 @@ class PPO:
 
     def _step(self, share: Tensor, loss: Tensor, learned: list[Tensor]) -> Tensor:
         """One step of the optimizer; the norm of the gradient."""
-        gradients = torch.autograd.grad(share, learned, allow_unused=True)
-        sums = iter(self.shards.total([gradient for gradient in gradients if gradient is not None]))
-        gradients = tuple(None if gradient is None else next(sums) for gradient in gradients)
-        norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+        for p, gradient in zip(learned, torch.autograd.grad(share, learned, allow_unused=True), strict=True):
+            p.grad = gradient
+        self.shards.sum(learned, share.detach()[None])
+        norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise FloatingPointError(
                 f"The loss ({float(loss)}) or the norm of its gradient ({float(norm)}) is not finite; policy and "
                 "optimizer are as before the update. Lower the rate, or look for what is not finite in the batch."
             )
-        for p, gradient in zip(learned, gradients, strict=True):
-            p.grad = gradient
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(learned, self.max_grad_norm, norm)
         self.optimizer.step()

@@ -51,6 +51,7 @@ CONFIGS: dict[str, AdaptationConfig] = {
     "average": AdaptationConfig(0.1, 3, average=0.8),
     "from the anchor": AdaptationConfig(num_steps=3, optimizer=torchopt.adam(0.02), from_anchor=True),
     "every third": AdaptationConfig(0.1, 2, every=3),
+    "every third, from the anchor": AdaptationConfig(0.1, 2, every=3, from_anchor=True),
     "head": AdaptationConfig(0.1, 2, adapted="output_mlp.out"),
     "window": AdaptationConfig(0.05, 3, window=Window(4, minimum=2)),
     "window with burn-in": AdaptationConfig(0.05, 3, window=Window(4, burn_in=3)),
@@ -136,6 +137,24 @@ def test_n_streams_equal_n_adapters(kind, config):
         assert [int(count[i]) for count in streams.counts] == list(adapter.counts or ())
         for name, value in streams.params(i).items():
             torch.testing.assert_close(value, adapter.model.get_parameter(name).detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["every third", "every third, from the anchor", "window"])
+def test_streams_that_are_out_of_step_report_what_adapters_do(name):
+    """Where one adapts and another waits."""
+    model, config = model_of(), CONFIGS[name]
+    streams = StreamAdapter(model, config, N)
+    adapters = [Adapter(copy.deepcopy(model), config) for _ in range(N)]
+    for t, (x, y, _) in enumerate(zip(*recording(), strict=True)):
+        if t in (4, 8):  # the first begins anew, and the second
+            streams.reset(torch.arange(N) == t // 4 - 1)
+            adapters[t // 4 - 1].reset()
+        report = streams.update(x, y, model.init_hidden(N))
+        for i, adapter in enumerate(adapters):
+            done = adapter.update(x[i : i + 1], y[i : i + 1], model.init_hidden(1))
+            ours = torch.stack([value[i].double() for value in report])
+            theirs = torch.tensor([float(value) for value in done], dtype=torch.float64)
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 def test_the_settings_that_these_tests_share_do_all_they_can():

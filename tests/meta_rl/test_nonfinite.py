@@ -106,6 +106,21 @@ def test_a_step_that_makes_weights_infinite_is_an_error_or_rolled_back():
     assert torch.equal(learner.meta_params, torch.tensor([1.0, 2.0]))
 
 
+def test_a_parameter_without_elements_is_finite():
+    meta = {"w": nn.Parameter(torch.ones(2)), "none": nn.Parameter(torch.zeros(0))}
+    learner = MetaLearner(lambda m, x: (m["w"] * x).sum() + m["none"].sum(), meta, outer_lr=0.1)
+    assert math.isfinite(learner.update(task(GOOD)))
+
+
+def test_a_state_that_was_loaded_shares_nothing_with_where_it_is_from():
+    first, second = learner_with(None), learner_with(None)
+    first.update(task(GOOD))
+    second.load_state_dict(first.state_dict())
+    before = state_of(second)
+    first.update(task(GOOD))
+    assert same(state_of(second), before)
+
+
 @pytest.mark.parametrize("action", ["raise", "skip", "roll back"])
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, action):
     values = [1.0, 0.5, BAD, 2.0, 1.5, BAD, 0.7] if action != "raise" else [1.0, 0.5, 2.0, 1.5, 0.7]

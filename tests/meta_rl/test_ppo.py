@@ -355,6 +355,21 @@ def test_what_is_not_finite_is_left_out_and_a_run_goes_on_to_the_same_bits(actio
         whole.update(batches[2], of_seed(0))
 
 
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_a_step_that_makes_weights_infinite_is_undone(minibatches):
+    """With one minibatch no later loss tells."""
+    policy, batch = make(), make_batch()
+    optimizer = torch.optim.SGD(policy.parameters(), math.inf)
+    settings: dict[str, Any] = {"epochs": 1, "minibatches": minibatches, "max_grad_norm": None}
+    before = snapshot(policy, optimizer)
+    with pytest.raises(FloatingPointError, match="as before the update"):
+        PPO(policy, optimizer, **settings).update(batch, of_seed(0))
+    torch.testing.assert_close(snapshot(policy, optimizer), before, rtol=0, atol=0)
+    ppo = PPO(policy, optimizer, **settings, nonfinite=NonFinite("skip"))
+    assert math.isnan(ppo.update(batch, of_seed(0)).loss)
+    torch.testing.assert_close(snapshot(policy, optimizer), before, rtol=0, atol=0)
+
+
 def test_parameters_that_the_optimizer_does_not_hold_stay_and_gather_no_gradient():
     policy, batch = make(), make_batch()
     readout = [*policy.model.readout.parameters()]
