@@ -1,0 +1,155 @@
+"""Models of robots whose physics nobody told them: meta-learned, trained on all at once, adapted or not.
+
+Seven tasks (HalfCheetah's gravity, mass and a dead joint, Walker2d's parameters, Ant's mass and a dead leg, Humanoid's
+mass), six models of about as many weights, each
+
+    (a) meta-trained with MAML, whose inner rates are learned, and adapted,
+    (b) trained on all systems at once, and adapted by as many steps, of the one rate that suits it best,
+    (c) the same, not adapted,
+
+on systems that were not trained on: what is known of one is 64 steps of another episode. Scored are predictions of 1, 5
+and 20 steps from predictions, in units of how far the robot gets in that time; "persistence" predicts that nothing
+changes, and the oracle is the state model of (c), trained on with episodes of the very system. Given are interquartile
+means over seeds and systems, with intervals of a stratified bootstrap over seeds.
+
+    python benchmarks/serious_benchmark.py --task all --method all --seeds 5     # the tables of the documentation
+    python benchmarks/serious_benchmark.py --task ant-leg --method GRU --seeds 2
+    python benchmarks/serious_benchmark.py --size tiny                           # a minute
+
+What is finished is saved, and not made again: a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from serious_models import MODELS, Data, Learners, Size, oracle_errors, persistence_errors, run
+from serious_report import plot, report, table
+from serious_tasks import TASKS, Amount, collected
+
+import ssmrl
+from ssmrl.checkpoint import load_checkpoint, save_checkpoint
+
+SIZES = {
+    "tiny": Size(Amount(4, 3), updates=2, batch=3, oracle_steps=2, rates=(0.01, 0.1), compile="trace"),
+    "default": Size(Amount(100, 64), updates=1000),
+}
+TINY = {"tasks": ("halfcheetah-gravity", "ant-leg"), "methods": ("StateSpaceModel", "MLP"), "seeds": 2}
+"""What `--size tiny` runs, unless it is told otherwise."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Meta-learned dynamics of robots under changed physics."""
+
+    task: tuple[str, ...] = ()
+    """Of TASKS in serious_tasks.py, or all, which is the default."""
+    method: tuple[str, ...] = ()
+    """Of MODELS in serious_models.py, or all, which is the default."""
+    seeds: int | None = None
+    """From 0 on; None: 5."""
+    size: Literal["tiny", "default"] = "default"
+    """tiny takes a minute, for tests."""
+    jobs: int = os.cpu_count() or 1
+    """Processes at a time, of one thread each; one takes a task and a model, with all seeds."""
+    runs: Path = Path("output/serious")
+    """Folder for data and for what is finished."""
+    out: Path = Path("output/serious_benchmark.json")
+    """File for the figures; the plot is beside it."""
+
+
+def chosen(given: tuple[str, ...], known: Any, default: tuple[str, ...], option: str) -> tuple[str, ...]:
+    names = tuple(known) if "all" in given else given or default
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--{option} must be among {', '.join(known)} or all; got {', '.join(unknown)}.")
+    return names
+
+
+def data_of(size: Size, runs: Path, task: str) -> Data:
+    return Data(size, *collected(task, size.amount, runs / "data"))
+
+
+def prepare(size: Size, runs: Path, task: str) -> None:
+    """Collect the data of a task, if they are not there."""
+    data_of(size, runs, task)
+
+
+def make(size: Size, runs: Path, seeds: int, job: tuple[str, str]) -> str:
+    """All seeds of a model on a task, those apart that are there; in a process of its own."""
+    torch.set_num_threads(1)
+    task, name = job
+    told = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    learners: Learners | None = None
+    for seed in range(seeds):
+        folder = runs / "runs" / f"{task}-{name}-{seed}"
+        about = json.loads(json.dumps(asdict(size)))
+        found = load_checkpoint(folder)
+        if found is not None:
+            if found.state["size"] != about:
+                raise SystemExit(f"{folder} is of other settings; move it away, or take another --runs.")
+            continue
+        if learners is None:
+            learners = Learners(name, data_of(size, runs, task))
+        result = run(learners, seed)
+        params = result.pop("weights")
+        if name == "StateSpaceModel":
+            result["oracle"] = oracle_errors(learners.data, name, params)
+        result["megabytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(folder, seed, {"size": about, "result": result}, keep=1)
+        told.append(f"seed {seed}: {result['maml']['seconds']:.0f} s and {result['joint']['seconds']:.0f} s")
+    return f"{task}, {name}: {'; '.join(told) or 'there already'}"
+
+
+def main(arguments: Arguments) -> None:
+    size, tiny = SIZES[arguments.size], arguments.size == "tiny"
+    tasks = chosen(arguments.task, TASKS, TINY["tasks"] if tiny else tuple(TASKS), "task")
+    names = chosen(arguments.method, MODELS, TINY["methods"] if tiny else tuple(MODELS), "method")
+    seeds = (TINY["seeds"] if tiny else 5) if arguments.seeds is None else arguments.seeds
+    if seeds < 2 or arguments.jobs < 1:
+        raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
+    began, runs = time.perf_counter(), arguments.runs / arguments.size
+    jobs = [(task, name) for task in tasks for name in names]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        list(pool.map(partial(prepare, size, runs), tasks))  # before any model asks for them
+        for told in pool.map(partial(make, size, runs, seeds), jobs):
+            print(told, flush=True)
+    results: dict[str, Any] = {}
+    for task in tasks:
+        results[task] = {"persistence": persistence_errors(data_of(size, runs, task)), "models": {}}
+        for name in names:
+            found = [load_checkpoint(runs / "runs" / f"{task}-{name}-{seed}") for seed in range(seeds)]
+            results[task]["models"][name] = [one.state["result"] for one in found if one is not None]
+    figures = {
+        "report": report(results),
+        "size": asdict(size),
+        "seeds": seeds,
+        "seconds": time.perf_counter() - began,
+        "command": " ".join(["python benchmarks/serious_benchmark.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    plot(figures["report"], arguments.out.with_suffix(".png"))
+    print(table(figures["report"]))
+    print(f"\nwrote {arguments.out} in {figures['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
