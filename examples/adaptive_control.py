@@ -378,7 +378,8 @@ def main(arguments: Arguments) -> None:
     found = load_checkpoint(folder) if arguments.resume else None
     state = {"rounds": 0, "data": None, "hidden": None, "meta": None} if found is None else found.state
     if found is not None:
-        print(*found.skipped, sep="\n", end="")
+        for damaged in found.skipped:
+            print(damaged)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def save():

@@ -252,7 +252,8 @@ def train(arguments, size, family, maml, outer, clock, writer):
     moments = init_moments(environment.single_observation_space.shape)
     found = load_checkpoint(folder) if arguments.resume else None
     if found is not None:
-        print(*found.skipped, sep="\n", end="")
+        for damaged in found.skipped:
+            print(damaged)
         curve = found.state["curve"]
         outer.load_state_dict(found.state["outer"])
         clock.seconds.update(found.state["seconds"])

@@ -246,7 +246,8 @@ def train(arguments, size, policy, folder):
     start, curve, seconds = 0, [], 0.0
     found = load_checkpoint(folder) if arguments.resume else None
     if found is not None:
-        print(*found.skipped, sep="\n", end="")
+        for damaged in found.skipped:
+            print(damaged)
         start, curve, seconds = found.step, found.state["curve"], found.state["seconds"]
         ppo.load_state_dict(found.state["ppo"])
     writer = tensorboard_writer(arguments.out) if arguments.tensorboard else None
