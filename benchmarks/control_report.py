@@ -80,7 +80,7 @@ def plot(name: str, runs: list[dict[str, Any]], report: dict[str, Any], path: Pa
     axes[0].axvline(0, color="0.8", zorder=0)
     axes[0].set_yticks(range(len(others)), others, fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].set(title=f"{name}, {counted(len(runs))}", xlabel="return of ours less that of another way, 95 %")
+    axes[0].set(title=f"{name}, {counted(len(runs))}", xlabel=label_of(len(runs)))
     axes[0].legend(fontsize=7)
     colors = plt.get_cmap("tab20").colors  # as many ways as there are would repeat the usual ten
     for k, label in enumerate(CHANGING):
@@ -94,6 +94,10 @@ def plot(name: str, runs: list[dict[str, Any]], report: dict[str, Any], path: Pa
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def label_of(seeds: int) -> str:
+    return "return of ours less that of another way" + (", 95 %" if seeds > 1 else "")
 
 
 def counted(seeds: int) -> str:

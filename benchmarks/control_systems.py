@@ -172,8 +172,9 @@ def filmed_robot(name: str, task: Task, episode: int, seed: int, folder: str, ti
     """The environment of one robot, which films itself; it needs moviepy, and a machine that renders MuJoCo."""
 
     def make() -> gymnasium.Env[Any, Any]:
-        seen_by = {"render_mode": "rgb_array", "camera_name": "track"}  # which follows the robot
-        env = gymnasium.make(f"ssmrl/{name}-v5", **seen_by, **ROBOTS[name], **task)
+        picture = {"render_mode": "rgb_array", "width": 240, "height": 240}
+        picture["camera_name"] = "track"  # which follows the robot
+        env = gymnasium.make(f"ssmrl/{name}-v5", **picture, **ROBOTS[name], **task)
         return gymnasium.wrappers.RecordVideo(env, folder, name_prefix=title, episode_trigger=lambda n: n == 0)
 
     return Environment([make], seed=seed, max_episode_steps=episode, autoreset_mode="Disabled")
