@@ -34,4 +34,5 @@ napoleon_numpy_docstring = False
 suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
+html_static_path = ["_static"]  # films, which no figure copies
 html_title = "ssmrl"
