@@ -5,7 +5,6 @@ Letters: N streams or tasks, T steps of an episode, D the size of an observation
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torchopt
 from control_run import Run, exploring, random_actions
 from control_systems import Task
+from schedules import rate_at
 from torch import Tensor, nn
 from torch.func import vmap
 from torchopt import pytree
@@ -47,12 +47,6 @@ __all__ = [
 ]
 
 # Training
-
-
-def rate_at(update: int, total: int, peak: float) -> float:
-    """Up over a tenth of the updates, then down as a cosine."""
-    part = (update + 1) / total
-    return peak * min(10 * part, 0.5 * (1 + math.cos(math.pi * part)))
 
 
 def train(run: Run, model: nn.Module, scales: DynamicsScales, data: Transitions, updates: int, seed: int) -> None:

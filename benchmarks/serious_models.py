@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torchopt
+from schedules import rate_at
 from serious_tasks import HORIZONS, WARM_UP, Amount, Episodes, scales_of, steps_apart, windows_at
 from torch import Tensor, nn
 from torch.func import vmap
@@ -112,12 +113,6 @@ class Data:
     def _begins(self, number: int, length: int, generator: torch.Generator) -> Tensor:
         last = self.train.action.shape[2] - length
         return WARM_UP + torch.randint(last - WARM_UP + 1, (number,), generator=generator)
-
-
-def rate_at(update: int, total: int, peak: float) -> float:
-    """Up over a tenth of the updates, then down as a cosine."""
-    part = (update + 1) / total
-    return peak * min(10 * part, 0.5 * (1 + math.cos(math.pi * part)))
 
 
 def one_step(model: nn.Module, params: Any, x: Tensor, y: Tensor) -> Tensor:

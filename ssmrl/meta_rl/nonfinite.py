@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssmrl.adaptation.optim import check_num_steps
 
-__all__ = ["NonFinite", "Updates", "copy_of", "go_back"]
+__all__ = ["NonFinite", "Updates", "all_finite", "copy_of", "go_back"]
 
 Result = TypeVar("Result")
 Action = Literal["raise", "skip", "roll back"]
@@ -121,7 +121,7 @@ class Updates:
 
     def _leave_out(self, error: FloatingPointError) -> None:
         policy = self.nonfinite
-        unharmed = self._weights_finite()
+        unharmed = all_finite(self.learned())
         if policy.action == "roll back" and self._copy is not None:
             go_back(self._copy, self.learned(), self.optimizer)
             self._since = 0
@@ -136,17 +136,18 @@ class Updates:
             ) from error
 
     def _check_weights(self) -> None:
-        if not self._weights_finite():
+        if not all_finite(self.learned()):
             bad = [tuple(p.shape) for p in self.learned() if not bool(torch.isfinite(p).all())]
             raise FloatingPointError(
                 f"The outer step made weights of shapes {bad} not finite, and they are lost. Lower the outer rate, go "
                 f'on from a checkpoint, or take nonfinite=NonFinite("roll back").'
             )
 
-    @torch.no_grad()
-    def _weights_finite(self) -> bool:
-        learned = [p for p in self.learned() if p.numel()]
-        return bool(torch.isfinite(nn.utils.get_total_norm(learned, torch.inf)))
+
+@torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element of all of them is finite."""
+    return bool(torch.isfinite(nn.utils.get_total_norm([t for t in tensors if t.numel()], torch.inf)))
 
 
 def copy_of(learned: Sequence[Tensor], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

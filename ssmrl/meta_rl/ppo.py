@@ -25,7 +25,7 @@ from ssmrl.meta_rl.actor_critic import (
 )
 from ssmrl.meta_rl.baselines import value_loss
 from ssmrl.meta_rl.losses import clipped_surrogate_loss, entropy_bonus, importance_ratio, kl_penalty, masked_mean
-from ssmrl.meta_rl.nonfinite import NonFinite, Updates, copy_of, go_back
+from ssmrl.meta_rl.nonfinite import NonFinite, Updates, all_finite, copy_of, go_back
 from ssmrl.meta_rl.segments import check_steps
 from ssmrl.sharding import Shards
 
@@ -224,7 +224,7 @@ class PPO:
         before = copy_of(learned, self.optimizer)
         try:
             terms, norms = self._steps(batch, generator, entropy_weight, learned)
-            if not all(bool(torch.isfinite(p).all()) for p in learned):
+            if not all_finite(learned):
                 raise FloatingPointError(
                     "The last step made weights that are not finite; policy and optimizer are as before the update. "
                     "Lower the rate."
