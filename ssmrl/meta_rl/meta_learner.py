@@ -88,11 +88,12 @@ class MetaLearner:
         self._traced = Traced(partial(gradient_and_losses, task_loss), inductor=compile is True)
 
     @torch.enable_grad()
-    def update(self, tasks: Any) -> float:
+    def update(self, tasks: Any, counts: Sequence[int] | None = None) -> float:
         """One outer step on a stack of tasks.
 
         Args:
             tasks: a pytree of tensors with an axis N before every other: what `task_loss` takes, for N tasks.
+            counts: with `own_tasks`, the N of every rank where all know it; None: they tell each other.
 
         Returns:
             The mean loss over the tasks, of all ranks, before the step; NaN where `nonfinite` left the update out.
@@ -103,13 +104,7 @@ class MetaLearner:
                 out; the meta-parameters and the outer optimizer are as before, unless the step made them not finite.
         """
         if self.own_tasks:
-            try:
-                given = count_tasks(tasks)
-            except ValueError:
-                self.shards.counts(0, self._leaves()[0])  # or the others would wait for this rank
-                raise
-            counts = self.shards.counts(given, self._leaves()[0])
-            check_own(counts)
+            counts = self._counts(tasks) if counts is None else counts
             number, mine = sum(counts), self.shards.place(counts)
         else:
             number = count_tasks(tasks)
@@ -141,6 +136,17 @@ class MetaLearner:
         """The loss on each of a stack of tasks, (N,); nothing changes."""
         chunks = split_tasks(tasks, self.chunk_size)
         return torch.cat([map_over_tasks(self.task_loss, self.meta_params, chunk) for _, chunk in chunks])
+
+    def _counts(self, tasks: Any) -> list[int]:
+        """How many tasks of its own every rank has."""
+        try:
+            given = count_tasks(tasks)
+        except ValueError:
+            self.shards.counts(0, self._leaves()[0])  # or the others would wait for this rank
+            raise
+        counts = self.shards.counts(given, self._leaves()[0])
+        check_own(counts)
+        return counts
 
     def _leaves(self) -> list[Tensor]:
         leaves: list[Tensor] = pytree.tree_leaves(self.meta_params)

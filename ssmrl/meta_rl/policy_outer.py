@@ -123,7 +123,8 @@ class GradientOuter:
         tasks: Any = (collected.batches, gain)
         size = len(gain) // self.num_minibatches
         parts = [part for _, part in split_tasks(tasks, size)]
-        return [self.learner.update(part) for _ in range(self.num_steps) for part in parts]
+        counts = [count // self.num_minibatches for count in counts]
+        return [self.learner.update(part, counts) for _ in range(self.num_steps) for part in parts]
 
 
 class TrustRegionOuter:
