@@ -6,6 +6,7 @@ Letters: N systems, B windows, L steps of one, K inner steps.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ssmrl.adaptation import clip_by_global_norm, learning_rates, scale_by_learn
 from ssmrl.core import functional_forward
 from ssmrl.meta_rl import NonFinite, dynamics_data, model_step, predict_open_loop
 
-__all__ = ["MODELS", "Data", "Learners", "Size", "oracle_errors", "persistence_errors", "run"]
+__all__ = ["MODELS", "Data", "Learners", "Size", "oracle_errors", "persistence_errors", "run", "told_errors"]
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "StateSpaceModel": lambda inputs, outputs: StateSpaceModel(64, inputs, outputs, hidden_dim=128),
@@ -43,7 +44,7 @@ class Size:
 
     amount: Amount
     updates: int
-    """Meta-updates; the model for all tasks gets as many gradients: K + 1 times as many updates."""
+    """Meta-updates, each of K + 1 gradients."""
     batch: int = 10
     """Systems of an update."""
     inner_steps: int = 3
@@ -56,14 +57,31 @@ class Size:
     """Steps of a window of the test that the model sees before it predicts from its own predictions."""
     inner_lr: float = 0.05
     """At first; every tensor learns its own."""
-    outer_lr: float = 0.002
+    outer_lr: float = 0.005
     """Of Adam, after a tenth of the updates; it falls to 0 as a cosine."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Of gradient descent from the model for all tasks; what suits it best on systems of the training is taken."""
     oracle_steps: int = 200
-    """Of Adam, on two episodes of the very system."""
+    """Of Adam, on all other episodes of the very system."""
+    oracle_windows: int = 8
+    """Of each of its steps."""
     compile: bool | Literal["trace"] = True
     """Of meta-updates."""
+
+    @property
+    def joint_updates(self) -> int:
+        """Updates of the model for all systems, which gets as many gradients as MAML with what comes before it."""
+        return 2 * (1 + self.inner_steps) * self.updates
+
+    @property
+    def shared_updates(self) -> int:
+        """Those that come before MAML: half of all."""
+        return self.joint_updates // 2
+
+    @property
+    def joint_windows(self) -> int:
+        """Windows of its batch: as many steps as support and query of MAML have."""
+        return self.query[0] + math.ceil(math.prod(self.support) / self.query[1])
 
 
 class Data:
@@ -77,14 +95,18 @@ class Data:
 
     def batch(self, generator: torch.Generator, windows: int | None = None) -> tuple[Tensor, ...]:
         """Support x, y and query x, y of some systems, (N, B, L, ...); `windows` of the query."""
+        return self.drawn(generator, windows)[1]
+
+    def drawn(self, generator: torch.Generator, windows: int | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which systems, (N,), and a batch of them."""
         size, episodes = self.size, self.train.action.shape[1]
         systems = torch.randint(len(self.train.action), (size.batch,), generator=generator)
         first = torch.randint(episodes, (size.batch,), generator=generator)
         second = (first + torch.randint(1, episodes, (size.batch,), generator=generator)) % episodes
-        support = self.support(self.train, systems, first, self._begins(size.batch, math.prod(size.support), generator))
+        support = self.support(self.train, systems, first, self.begins(size.batch, math.prod(size.support), generator))
         count, length = size.query[0] if windows is None else windows, size.query[1]
-        starts = torch.stack([self._begins(size.batch, length, generator) for _ in range(count)], 1)
-        return (*support, *windows_at(self.scales, self.train, systems, second, starts, length))
+        starts = torch.stack([self.begins(size.batch, length, generator) for _ in range(count)], 1)
+        return systems, (*support, *windows_at(self.scales, self.train, systems, second, starts, length))
 
     def support(self, of: Episodes, systems: Tensor, episode: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
         """Windows that follow each other from a step on."""
@@ -110,7 +132,8 @@ class Data:
         t = WARM_UP + length * torch.arange(count)[:, None] + torch.arange(length + 1)
         return of.observation[:, episode][:, t], of.action[:, episode][:, t[:, :-1]]
 
-    def _begins(self, number: int, length: int, generator: torch.Generator) -> Tensor:
+    def begins(self, number: int, length: int, generator: torch.Generator) -> Tensor:
+        """Int64 (N,), where windows of so many steps begin."""
         last = self.train.action.shape[2] - length
         return WARM_UP + torch.randint(last - WARM_UP + 1, (number,), generator=generator)
 
@@ -120,17 +143,17 @@ def one_step(model: nn.Module, params: Any, x: Tensor, y: Tensor) -> Tensor:
     return mse_loss(functional_forward(model, params, x)[0], y)
 
 
-def trained(learner: MetaMAML, data: Data, updates: int, seed: int, windows: int | None = None) -> float:
-    """Make so many updates; the median milliseconds of one."""
-    generator, times = torch.Generator().manual_seed(seed), []
-    for update in range(updates):
+def trained(learner: MetaMAML, data: Data, updates: range, total: int, seed: int, windows: int | None = None) -> float:
+    """Make these of `total` updates; the median milliseconds of one."""
+    generator, times = torch.Generator().manual_seed(1000 * seed + updates.start), []
+    for update in updates:
         for group in learner.outer_step.optimizer.param_groups:
-            group["lr"] = rate_at(update, updates, data.size.outer_lr)
+            group["lr"] = rate_at(update, total, data.size.outer_lr)
         tasks = data.batch(generator, windows)
         began = time.perf_counter()
         learner.meta_update(tasks)
         times.append(time.perf_counter() - began)
-    return 1000 * sorted(times)[len(times) // 2]
+    return 1000 * statistics.median(times)
 
 
 class Learners:
@@ -153,14 +176,19 @@ class Learners:
             self.model, inner_steps=0, outer_optimizer=torch.optim.Adam(self.model.parameters()), **options
         )
 
-    def begin(self, learner: MetaMAML, seed: int) -> None:
-        """New weights, the first rates, an optimizer that knows nothing."""
+    def begin(self, seed: int) -> None:
+        """New weights, and optimizers that know nothing."""
         torch.manual_seed(seed)
         self.model.load_state_dict(self.make().state_dict())
+        for learner in (self.maml, self.joint):
+            learner.outer_step.optimizer.state.clear()
+
+    def go_on_from(self, params: dict[str, Tensor], rate: float) -> None:
+        """MAML begins with these weights and this rate of every tensor."""
+        self.model.load_state_dict(params)
         with torch.no_grad():
-            for rate in self.rates.values():
-                rate.fill_(self.data.size.inner_lr)
-        learner.outer_step.optimizer.state.clear()
+            for value in self.rates.values():
+                value.fill_(rate)
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the weights and of the rates."""
@@ -244,11 +272,14 @@ def best_rate(model: nn.Module, data: Data, params: Any) -> tuple[float, list[fl
 
 
 def run(learners: Learners, seed: int) -> dict[str, Any]:
-    """Both trainings with a seed, and what they are worth on the systems of the test."""
+    """Both trainings with a seed, and what they are worth on the systems of the test.
+
+    They share their first part, in which a model learns from all systems at once; then one of them goes on with that,
+    and the other one with MAML, from the rate of adaptation that suits the model best by then.
+    """
     data, model, size = learners.data, learners.model, learners.data.size
     support_x, support_y, *_ = data.tested(data.test)
     number = len(data.test.action)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
 
     def score(params: Any, rates: Any) -> dict[str, Any]:
         alike = {name: p.expand(number, *p.shape) for name, p in params.items()}
@@ -258,32 +289,87 @@ def run(learners: Learners, seed: int) -> dict[str, Any]:
         }
 
     began = time.perf_counter()
-    learners.begin(learners.maml, seed)
-    milliseconds = trained(learners.maml, data, size.updates, seed)
-    params, rates = learners.weights()
-    found["maml"] = {**score(params, rates), "milliseconds": milliseconds, "left out": learners.maml.left_out}
-    found["maml"]["seconds"] = time.perf_counter() - began
+    learners.begin(seed)
+    shared, total = size.shared_updates, size.joint_updates
+    trained(learners.joint, data, range(shared), total, seed, size.joint_windows)
+    shared_params, shared_seconds = learners.weights()[0], time.perf_counter() - began
 
     began = time.perf_counter()
-    learners.begin(learners.joint, seed)
-    windows = size.query[0] + math.ceil(math.prod(size.support) / size.query[1])
-    milliseconds = trained(learners.joint, data, (1 + size.inner_steps) * size.updates, seed, windows)
+    milliseconds = trained(learners.joint, data, range(shared, total), total, seed, size.joint_windows)
     params, _ = learners.weights()
     rate, medians = best_rate(model, data, params)
-    rates = {name: torch.full((), rate) for name in params}
-    found["joint"] = {**score(params, rates), "milliseconds": milliseconds, "left out": learners.joint.left_out}
-    found["joint"] |= {"rate": rate, "medians of rates": medians, "seconds": time.perf_counter() - began}
-    found["weights"] = params
-    return found
+    joint = {**score(params, {name: torch.full((), rate) for name in params}), "rate": rate}
+    joint |= {"medians of rates": medians, "milliseconds": milliseconds, "left out": learners.joint.left_out}
+    joint["seconds"] = shared_seconds + time.perf_counter() - began
+
+    began = time.perf_counter()
+    learners.go_on_from(shared_params, best_rate(model, data, shared_params)[0])
+    milliseconds = trained(learners.maml, data, range(size.updates), size.updates, seed)
+    meta, rates = learners.weights()
+    maml = {**score(meta, rates), "milliseconds": milliseconds, "left out": learners.maml.left_out}
+    maml["seconds"] = shared_seconds + time.perf_counter() - began
+    return {
+        "parameters": sum(p.numel() for p in params.values()),
+        "maml": maml,
+        "joint": joint,
+        "weights": params,
+    }
 
 
-def oracle_errors(data: Data, name: str, params: Any) -> list[list[float]]:
-    """Of the model for all tasks, trained on with two more episodes of the very system."""
-    model, steps = MODELS[name](data.inputs, data.outputs), data.size.oracle_steps
-    own = [torch.cat(parts, 1) for parts in zip(*(data.tested(data.test, (0, e))[2:] for e in (2, 3)), strict=True)]
-
-    def of_one(x: Tensor, y: Tensor) -> Any:
-        return adapt(partial(one_step, model), params, x, y, optimizer=torchopt.adam(1e-3), num_steps=steps).params
-
+def oracle_errors(data: Data, name: str, params: Any, seed: int) -> list[list[float]]:
+    """Of the model for all systems, trained on with the other episodes of the very system, one model for each."""
+    size, number, length = data.size, len(data.test.action), data.size.query[1]
+    model, generator = MODELS[name](data.inputs, data.outputs), torch.Generator().manual_seed(seed)
+    own = {name: p.detach().expand(number, *p.shape).clone().requires_grad_() for name, p in params.items()}
+    optimizer = torch.optim.Adam(own.values())  # elementwise, so that systems do not know each other
+    systems = torch.arange(number)
+    for step in range(size.oracle_steps):
+        optimizer.param_groups[0]["lr"] = rate_at(step, size.oracle_steps, size.outer_lr / 2)
+        parts = []
+        for _ in range(size.oracle_windows):
+            episode = torch.randint(2, data.test.action.shape[1], (number,), generator=generator)
+            begin = data.begins(number, length, generator)
+            parts.append(windows_at(data.scales, data.test, systems, episode, begin[:, None], length))
+        x, y = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        optimizer.zero_grad()
+        vmap(partial(one_step, model))(own, x, y).sum().backward()
+        optimizer.step()
     with torch.no_grad():
-        return errors(model, data, vmap(of_one)(*own), data.test, data.size.context)
+        return errors(model, data, own, data.test, size.context)
+
+
+class Told(nn.Module):
+    """A model that is told the physics: numbers that do not change go in beside observation and action."""
+
+    def __init__(self, model: nn.Module, numbers: int) -> None:
+        super().__init__()
+        self.model = model
+        self.physics = nn.Parameter(torch.zeros(numbers), requires_grad=False)
+
+    def init_hidden(self, batch_size: int = 1) -> Any:
+        return self.model.init_hidden(batch_size)
+
+    def forward(self, x: Tensor, hidden_state: Any = None) -> tuple[Tensor, Any]:
+        told = self.physics.expand(*x.shape[:-1], -1)
+        output: tuple[Tensor, Any] = self.model(torch.cat([x, told], -1), hidden_state)
+        return output
+
+
+def told_errors(data: Data, name: str, seed: int) -> list[list[float]]:
+    """Of a model for all systems that is told the physics of each, and does not adapt: what knowing them is worth."""
+    size, numbers = data.size, data.train.physics.shape[-1]
+    torch.manual_seed(seed)
+    told = Told(MODELS[name](data.inputs + numbers, data.outputs), numbers)
+    learned = {name: p for name, p in told.named_parameters() if p.requires_grad}
+    optimizer, generator = torch.optim.Adam(learned.values()), torch.Generator().manual_seed(seed)
+    for update in range(size.joint_updates):
+        optimizer.param_groups[0]["lr"] = rate_at(update, size.joint_updates, size.outer_lr)
+        systems, (_, _, x, y) = data.drawn(generator, size.joint_windows)
+        physics = data.train.physics[systems][:, None, None].expand(*x.shape[:-1], -1)
+        optimizer.zero_grad()
+        mse_loss(told.model(torch.cat([x, physics], -1).flatten(0, 1))[0], y.flatten(0, 1)).backward()
+        torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        optimizer.step()
+    number = len(data.test.action)
+    params = {name: p.detach().expand(number, *p.shape) for name, p in learned.items()}
+    return errors(told, data, {**params, "physics": data.test.physics}, data.test, size.context)

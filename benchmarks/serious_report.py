@@ -46,10 +46,12 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for task, of_task in results.items():
         of_models: dict[str, Any] = {}
-        oracle = None
+        privileged: dict[str, Any] = {"oracle": None, "told": None}
         for runs in of_task["models"].values():
-            if all("oracle" in one for one in runs):
-                oracle = interval([one["oracle"] for one in runs])
+            for way in privileged:
+                if all(way in one for one in runs):
+                    privileged[way] = interval([one[way] for one in runs])
+        oracle = privileged["oracle"]
         for name, runs in of_task["models"].items():
             errors = {way: interval([one[which][when] for one in runs]) for way, (which, when) in WAYS.items()}
             of_models[name] = {
@@ -67,7 +69,7 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
                     share(errors[OTHERS[1]][h][0], errors[ADAPTED][h][0], oracle[h][0]) for h in range(len(HORIZONS))
                 ]
         persistence = interval([of_task["persistence"]])
-        found[task] = {"persistence": [p[0] for p in persistence], "oracle": oracle, "models": of_models}
+        found[task] = {"persistence": [p[0] for p in persistence], **privileged, "models": of_models}
     return found
 
 
@@ -86,8 +88,9 @@ def table(found: dict[str, Any]) -> str:
     for task, of_task in found.items():
         lines.append(f"\n{task:34}" + "".join(f"{f'{h} ahead':>28}" for h in HORIZONS))
         lines.append(f"{'persistence':34}" + "".join(f"{value:>28.3f}" for value in of_task["persistence"]))
-        if of_task["oracle"] is not None:
-            lines.append(f"{'oracle':34}" + "".join(f"{cell(value):>28}" for value in of_task["oracle"]))
+        for way in ("oracle", "told"):
+            if of_task[way] is not None:
+                lines.append(f"{way:34}" + "".join(f"{cell(value):>28}" for value in of_task[way]))
         for name, of_model in of_task["models"].items():
             for way, errors in of_model["errors"].items():
                 lines.append(f"{f'{name} {way}':34.34}" + "".join(f"{cell(value):>28}" for value in errors))

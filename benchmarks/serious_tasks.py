@@ -6,7 +6,7 @@ Letters: N systems (physics), E episodes of each, T steps, D the size of an obse
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,8 @@ class Amount:
     train: int
     test: int
     episodes: int = 4
+    own: int = 12
+    """Episodes of a system of the test beside the two that models are adapted to and judged on: the oracle's."""
     steps: int = 120
 
 
@@ -69,6 +71,8 @@ class Episodes(NamedTuple):
     """(N, E, T + 1, D)."""
     action: Tensor
     """(N, E, T, A)."""
+    physics: Tensor
+    """(N, P) what a system is: logarithms of factors, or 1 for every actuator that is dead."""
 
 
 def wandering(actions: int, seed: int) -> Callable[..., Any]:
@@ -87,8 +91,9 @@ def wandering(actions: int, seed: int) -> Callable[..., Any]:
 def episodes_of(task: RobotTask, amount: Amount, split: str) -> Episodes:
     """Drive all systems of a split with wandering actions."""
     family = task_family(task.family).with_settings(horizon=amount.steps + 1, **task.settings)
-    number = amount.train if split == "train" else amount.test
-    tasks = [t for t in family.sample(number, seed=0, split=split) for _ in range(amount.episodes)]
+    number, episodes = (amount.train, amount.episodes) if split == "train" else (amount.test, 2 + amount.own)
+    drawn = family.sample(number, seed=0, split=split)
+    tasks = [t for t in drawn for _ in range(episodes)]
     environment = Environment(family, tasks=tasks, seed=0, autoreset_mode="SameStep")
     space = environment.single_action_space
     low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
@@ -103,12 +108,22 @@ def episodes_of(task: RobotTask, amount: Amount, split: str) -> Episodes:
     seen = by_task(flat, number)
     if bool((seen.terminated | seen.truncated).any()):
         raise RuntimeError(f"Episodes of {task.family} must not end before {amount.steps} steps, and some did.")
-    return Episodes(torch.cat([seen.observation, seen.next_observation[:, :, -1:]], 2), seen.action)
+    physics = torch.stack([numbers_of(task, space.shape[0]) for task in drawn])
+    return Episodes(torch.cat([seen.observation, seen.next_observation[:, :, -1:]], 2), seen.action, physics)
+
+
+def numbers_of(task: dict[str, Any], actuators: int) -> Tensor:
+    """What a task says, as numbers (P,)."""
+    if "disabled" in task:
+        dead = torch.zeros(actuators)
+        dead[torch.as_tensor(task["disabled"])] = 1.0
+        return dead
+    return torch.cat([torch.as_tensor(task[name], dtype=torch.float32).reshape(-1) for name in sorted(task)]).log()
 
 
 def collected(name: str, amount: Amount, folder: Path) -> tuple[Episodes, Episodes]:
     """Episodes of the training and of the test, from the folder if they are there, as they were saved."""
-    folder = folder / f"{name}-{amount.train}-{amount.test}-{amount.episodes}-{amount.steps}"
+    folder = folder / "-".join(map(str, (name, *astuple(amount))))
     found = load_checkpoint(folder)
     if found is None:
         data = {split: tuple(episodes_of(TASKS[name], amount, split)) for split in ("train", "test")}

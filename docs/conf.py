@@ -1,5 +1,11 @@
 """Sphinx configuration; build with `sphinx-build -W -b html docs docs/_build/html`."""
 
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+from sphinx.util import logging
+
 import ssmrl
 
 project = "ssmrl"
@@ -34,5 +40,27 @@ napoleon_numpy_docstring = False
 suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
-html_static_path = ["_static"]  # films, which no figure copies
 html_title = "ssmrl"
+# Films, which no figure copies, and MathJax from its package: nothing is fetched when a page is read.
+html_static_path = ["_static", f"{find_spec('sphinx-mathjax-offline').submodule_search_locations[0]}/static"]
+mathjax_path = "mathjax/tex-chtml.js"
+nb_ipywidgets_js = {}
+
+PACKAGES = ("core", "adaptation", "meta_rl", "env_runner", "checkpoint", "stop")
+
+
+def check_that_all_is_documented(app, env):
+    """Warn, which is an error with -W, of every public name that no page describes."""
+    described = env.domaindata["py"]["objects"]
+    for package in PACKAGES:
+        module = import_module(f"ssmrl.{package}")
+        for name in module.__all__:
+            # A constant, or an alias, does not know its home: it is described in the module that defines it.
+            homes = (key.rpartition(".")[0] for key in described if key.endswith(f".{name}"))
+            if not any(home.startswith(module.__name__) and home in sys.modules for home in homes):
+                logging.getLogger(__name__).warning("ssmrl.%s.%s is public, and in no page of the API.", package, name)
+
+
+def setup(app):
+    app.connect("env-check-consistency", check_that_all_is_documented)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

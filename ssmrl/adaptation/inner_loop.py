@@ -84,8 +84,22 @@ def adapt(
     check_optimizer("optimizer", optimizer)
     num_steps = check_num_steps("num_steps", num_steps)
     check_memory_options(first_order, mixed_mode, recompute)
+    if torch.is_inference_mode_enabled():
+        # The transforms of PyTorch 2.6 find gradients of 0 there, without a word.
+        with torch.inference_mode(False), torch.no_grad():
+            return adapt(
+                loss_fn,
+                params,
+                *args,
+                optimizer=optimizer,
+                num_steps=num_steps,
+                optimizer_state=optimizer_state,
+                first_order=first_order,
+                mixed_mode=mixed_mode,
+                recompute=recompute,
+            )
     fresh = optimizer_state is None
-    differentiated = torch.is_grad_enabled() or torch.is_inference_mode_enabled() or a_transform_is_active()
+    differentiated = torch.is_grad_enabled() or a_transform_is_active()
     plain = grad_and_value(loss_fn) if differentiated else _gradient_and_value_alone(loss_fn)
     gradient_of = mixed_mode_grad_and_value(loss_fn) if mixed_mode else plain
     update = differentiable_update(optimizer) if differentiated else plain_update(optimizer)

@@ -19,6 +19,7 @@ __all__ = ["UNLIMITED", "Maker", "make_row_of_id", "make_rows"]
 UNLIMITED = -1  # Gymnasium's word for no limit, where None is that of the id
 
 Maker = Callable[[], gymnasium.Env[Any, Any]]
+"""`maker() -> gymnasium.Env`: makes the environment of one row."""
 
 
 def make_rows(

@@ -167,9 +167,10 @@ def _check_list(tasks: Any, like: Tensor) -> list[Task]:
         raise ValueError("tasks must hold at least one task; got an empty sequence.")
     for index, task in enumerate(tasks):
         if not isinstance(task, (tuple, list)) or len(task) != 4:
+            hint = " A stack of tasks is a tuple of four tensors, not a list." if isinstance(task, Tensor) else ""
             raise ValueError(
                 f"tasks[{index}] must be a tuple (support_x, support_y, query_x, query_y); "
-                f"got {type(task).__name__}{f' of {len(task)}' if isinstance(task, (tuple, list)) else ''}."
+                f"got {type(task).__name__}{f' of {len(task)}' if isinstance(task, (tuple, list)) else ''}.{hint}"
             )
         for part, x, y in (("support", *task[:2]), ("query", *task[2:])):
             x_name, y_name = f"tasks[{index}].{part}_x", f"tasks[{index}].{part}_y"

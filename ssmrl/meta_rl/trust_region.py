@@ -32,7 +32,7 @@ class TrustRegionStep(NamedTuple):
     divergence: Tensor
     """Between the policies before and after it."""
     fraction: float
-    """Of the longest step that was made: 1, `shrink`, `shrink`², ...; 0 where none was accepted."""
+    """Of the longest step that was made: 1, `shrink`, its square, and so on; 0 where none was accepted."""
 
 
 def trust_region_step(

@@ -96,6 +96,37 @@ def test_a_perfect_model_has_no_error_and_one_that_predicts_no_change_that_of_pe
     assert float(models.scaled(predicted, predicted, data.far).abs().max()) == 0.0
 
 
+def test_physics_as_numbers(tasks):
+    assert tasks.numbers_of({"gravity": 1.0}, 6).tolist() == [0.0]
+    assert tasks.numbers_of({"disabled": (2, 3)}, 4).tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert tasks.numbers_of({"disabled": 1}, 3).tolist() == [0.0, 1.0, 0.0]
+    several = tasks.numbers_of({"mass": (1.0, torch.e), "damping": 1.0}, 2)  # in the order of their names
+    torch.testing.assert_close(several, torch.tensor([0.0, 0.0, 1.0]))
+
+
+def test_the_oracle_learns_from_the_very_system(data, models):
+    torch.manual_seed(0)
+    params = dict(models.MODELS["StateSpaceModel"](data.inputs, data.outputs).named_parameters())
+    data.size, size = replace(data.size, oracle_steps=40), data.size
+    trained = models.oracle_errors(data, "StateSpaceModel", params, seed=0)
+    data.size = replace(data.size, oracle_steps=0)
+    untrained = models.oracle_errors(data, "StateSpaceModel", params, seed=0)
+    data.size = size
+    assert sum(trained[0]) < 0.7 * sum(untrained[0])
+
+
+def test_a_model_that_is_told_the_physics_uses_them(data, models):
+    told = models.Told(models.MODELS["MLP"](data.inputs + 2, data.outputs), 2)
+    x = torch.randn(3, 5, data.inputs)
+    one, other = (
+        torch.func.functional_call(told, {"physics": p}, (x,))[0] for p in (torch.zeros(2), torch.tensor([0.0, 1.0]))
+    )
+    assert (one - other).abs().max() > 1e-3
+    found = models.told_errors(data, "MLP", seed=0)
+    assert [len(errors) for errors in found] == [len(data.test.action)] * 3
+    assert found == models.told_errors(data, "MLP", seed=0)
+
+
 def test_a_run_makes_a_table_and_goes_on_where_it_was_stopped(benchmark, tmp_path, capsys):
     chosen = {"task": ("halfcheetah-joint",), "method": ("MLP",), "size": "tiny", "jobs": 1}
     arguments = benchmark.Arguments(**chosen, runs=tmp_path / "runs", out=tmp_path / "s.json")

@@ -148,7 +148,7 @@ def test_what_is_no_sequence_of_tasks_is_refused():
 @pytest.mark.parametrize(
     ("entry", "got"),
     [
-        (torch.zeros(3, 2), "Tensor"),
+        (torch.zeros(3, 2), r"Tensor\. A stack of tasks is a tuple of four tensors, not a list"),
         ((torch.zeros(3, 2), torch.zeros(3, 2)), "tuple of 2"),
         ([torch.zeros(3, 2)] * 5, "list of 5"),
         (None, "NoneType"),
