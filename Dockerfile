@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
 # An image in which the main job runs, as a user who is not root, on CPU builds of PyTorch:
 #
-#     docker build -t ssmrl . && docker run --rm -v "$PWD/output:/work/output" ssmrl
+#     docker build -t ssmrl . && docker run --rm ssmrl
+#     mkdir -p output
+#     docker run --rm --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD/output:/work/output" ssmrl   # and keep what it makes
 #     docker run --rm ssmrl python examples/adapt_dynamics.py --env Pendulum-v1
 #     docker build --target tests -t ssmrl-tests . && docker run --rm ssmrl-tests
 ARG PYTHON=3.11

@@ -86,7 +86,7 @@ def adapt(
     check_memory_options(first_order, mixed_mode, recompute)
     if torch.is_inference_mode_enabled():
         # The transforms of PyTorch 2.6 find gradients of 0 there, without a word.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(a_transform_is_active()):
             return adapt(
                 loss_fn,
                 params,

@@ -119,7 +119,9 @@ def scale_by_learning_rates(rates: Any, *, per_step: bool = False) -> GradientTr
 
 def _at_step(rate: Tensor, step: Any) -> Tensor:
     last = len(rate) - 1
-    return rate[step.clamp(max=last)] if isinstance(step, Tensor) else rate[min(step, last)]
+    if isinstance(step, Tensor):  # by indexing, PyTorch 2.6 would ask a mapped step for its value
+        return rate.index_select(0, step.clamp(max=last).reshape(1)).squeeze(0)
+    return rate[min(step, last)]
 
 
 def _keyed_like(rates: Any, updates: Any) -> Any:

@@ -417,7 +417,8 @@ def test_without_grad_mode_every_option_gives_the_same_numbers(options):
     close((found.params, found.losses), (go().params, go().losses))
 
 
-def test_transforms_without_grad_mode_see_what_they_see_with_it():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_transforms_without_grad_mode_see_what_they_see_with_it(mode):
     params, x, y, loss = regression()
 
     def after(p, x, y):
@@ -426,7 +427,7 @@ def test_transforms_without_grad_mode_see_what_they_see_with_it():
     mapped = vmap(after, in_dims=(None, 0, 0))
     for function in (mapped, lambda p, x, y: grad(lambda p: mapped(p, x, y).sum())(p)):
         expected = function(params, x, y)
-        with torch.no_grad():
+        with mode():
             close(function(params, x, y), expected)
 
 

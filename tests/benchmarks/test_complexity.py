@@ -29,6 +29,7 @@ def test_fewer_than_three_values_have_no_exponent(complexity):
     assert complexity.exponent([1, 2, 3, 4], [0.5, 1.0, 2.0, 4.0], least=1.0) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_transformer_keeps_all_of_its_past_and_a_recurrence_one_state(complexity):
     kept = {
         name: [complexity.measure(name, 8, length, 0.0)["state_kb"] for length in (8, 16)]

@@ -755,6 +755,7 @@ def test_functional_forward_runs_the_hooks_of_the_model_once():
     assert seen == [torch.Tensor]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its compiler does not follow context managers")
 def test_functional_forward_compiles_in_one_graph():
     model = _Tied()
     params = {"first.weight": torch.randn(D, D)}
