@@ -1,4 +1,4 @@
-"""What `serious_benchmark.py` reports: interquartile means with intervals, shares of the gap, a table, a plot.
+"""What `serious_benchmark.py` reports: interquartile means over systems, intervals over seeds, a table, a plot.
 
 Letters: R seeds, N systems.
 """
@@ -11,9 +11,11 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from serious_models import LARGEST
 from serious_tasks import HORIZONS
+from torch import Tensor
 
-from ssmrl.meta_rl import interquartile_mean, stratified_bootstrap
+from ssmrl.meta_rl import interquartile_mean, student_t_interval
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,61 +28,73 @@ WAYS = {
     "(b) all systems, adapted": ("joint", "after"),
     "(c) all systems": ("joint", "before"),
 }
-ADAPTED, OTHERS = "(a) MAML, adapted", ("(b) all systems, adapted", "(c) all systems")
+ADAPTED, BOTH, ALONE = "(a) MAML, adapted", "(b) all systems, adapted", "(c) all systems"
+PRIVILEGED = ("oracle", "told")
 
 
-def interval(runs: list[Any]) -> list[list[float]]:
-    """(len(HORIZONS), 3): interquartile mean, low and high of errors (R, len(HORIZONS), N); with R = 1 the mean."""
-    errors = torch.tensor(runs, dtype=torch.float64)
-    if len(errors) < 2:
-        return [[float(interquartile_mean(errors[:, h]))] * 3 for h in range(len(HORIZONS))]
-    found = []
-    for h in range(len(HORIZONS)):
-        generator = torch.Generator().manual_seed(0)
-        found.append([float(v) for v in stratified_bootstrap(errors[:, h], generator=generator, whole_runs=True)])
-    return found
+def of_seeds(runs: list[Any]) -> Tensor:
+    """(R, len(HORIZONS)): the interquartile mean over systems of errors (R, len(HORIZONS), N), for every seed."""
+    return interquartile_mean(torch.tensor(runs, dtype=torch.float64)[..., None, :])
+
+
+def interval(scores: Tensor) -> list[list[float]]:
+    """(len(HORIZONS), 3): mean, low and high of scores (R, len(HORIZONS)) over seeds."""
+    return torch.stack([*student_t_interval(scores)], -1).tolist()
 
 
 def report(results: dict[str, Any]) -> dict[str, Any]:
-    """Of every task and model: errors of its ways, what they cost, and the share of the gap to the oracle."""
+    """Of every task and model: errors of its ways, differences between them, what they cost, shares of the gap."""
     found: dict[str, Any] = {}
     for task, of_task in results.items():
         of_models: dict[str, Any] = {}
-        privileged: dict[str, Any] = {"oracle": None, "told": None}
-        for runs in of_task["models"].values():
-            for way in privileged:
-                if all(way in one for one in runs):
-                    privileged[way] = interval([one[way] for one in runs])
-        oracle = privileged["oracle"]
+        privileged: dict[str, Any] = dict.fromkeys(PRIVILEGED)
         for name, runs in of_task["models"].items():
-            errors = {way: interval([one[which][when] for one in runs]) for way, (which, when) in WAYS.items()}
+            scores = {way: of_seeds([one[which][when] for one in runs]) for way, (which, when) in WAYS.items()}
+            ahead = {other: interval(scores[other] - scores[ADAPTED]) for other in (BOTH, ALONE)}
             of_models[name] = {
-                "errors": errors,
+                "errors": {way: interval(of_way) for way, of_way in scores.items()},
+                "less than": ahead,
+                "ahead of (b) and (c)": [all(ahead[o][h][1] > 0 for o in ahead) for h in range(len(HORIZONS))],
+                "ran away": {
+                    way: sum(e >= LARGEST for one in runs for errors in one[which][when] for e in errors)
+                    for way, (which, when) in WAYS.items()
+                },
                 "parameters": runs[0]["parameters"],
                 "milliseconds of a meta-update": statistics.median(one["maml"]["milliseconds"] for one in runs),
-                "megabytes": max(one["megabytes"] for one in runs),
+                "megabytes of a meta-update": median_of([one["maml"]["megabytes"] for one in runs]),
                 "rates of (b)": [one["joint"]["rate"] for one in runs],
                 "left out": [[one[which]["left out"] for which in ("maml", "joint")] for one in runs],
-                "seconds": [one["maml"]["seconds"] + one["joint"]["seconds"] for one in runs],
-                "ahead of (b) and (c)": [ahead(errors, h) for h in range(len(HORIZONS))],
+                "seconds": [one["seconds of both"] + sum(one[w]["seconds"] for w in ("maml", "joint")) for one in runs],
             }
-            if oracle is not None:
-                of_models[name]["gap closed"] = [
-                    share(errors[OTHERS[1]][h][0], errors[ADAPTED][h][0], oracle[h][0]) for h in range(len(HORIZONS))
-                ]
-        persistence = interval([of_task["persistence"]])
-        found[task] = {"persistence": [p[0] for p in persistence], **privileged, "models": of_models}
+            if all(way in one for one in runs for way in PRIVILEGED):
+                of_ways = {way: of_seeds([one[way] for one in runs]) for way in PRIVILEGED}
+                privileged = {way: interval(of_way) for way, of_way in of_ways.items()}
+                of_models[name]["gap closed"] = share(scores[ALONE], scores[ADAPTED], of_ways["oracle"])
+        persistence = of_seeds([of_task["persistence"]])[0].tolist()
+        found[task] = {
+            "persistence": persistence,
+            **privileged,
+            "physics in the test": of_task["physics"],
+            "models": of_models,
+        }
     return found
 
 
-def ahead(errors: dict[str, Any], h: int) -> bool:
-    """Whether the interval of (a) is below those of (b) and (c)."""
-    return all(errors[ADAPTED][h][2] < errors[other][h][1] for other in OTHERS)
+def median_of(values: list[float | None]) -> float | None:
+    """None where there is none."""
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
 
 
-def share(before: float, after: float, best: float) -> float | None:
-    """Of the gap between (c) and the oracle that (a) closes; None where the oracle is not better than (c)."""
-    return (before - after) / (before - best) if best < before else None
+def share(before: Tensor, after: Tensor, best: Tensor) -> list[list[float] | None]:
+    """Of the gap between (c) and the oracle, the part that (a) closes, with its interval over seeds.
+
+    None at a horizon at which the oracle of some seed is not better than (c).
+    """
+    found: list[list[float] | None] = []
+    for b, a, o in zip(before.T, after.T, best.T, strict=True):
+        found.append(interval(((b - a) / (b - o))[:, None])[0] if bool((o < b).all()) else None)
+    return found
 
 
 def table(found: dict[str, Any]) -> str:
@@ -88,13 +102,18 @@ def table(found: dict[str, Any]) -> str:
     for task, of_task in found.items():
         lines.append(f"\n{task:34}" + "".join(f"{f'{h} ahead':>28}" for h in HORIZONS))
         lines.append(f"{'persistence':34}" + "".join(f"{value:>28.3f}" for value in of_task["persistence"]))
-        for way in ("oracle", "told"):
+        for way in PRIVILEGED:
             if of_task[way] is not None:
                 lines.append(f"{way:34}" + "".join(f"{cell(value):>28}" for value in of_task[way]))
         for name, of_model in of_task["models"].items():
             for way, errors in of_model["errors"].items():
-                lines.append(f"{f'{name} {way}':34.34}" + "".join(f"{cell(value):>28}" for value in errors))
-    return "\n".join(lines)
+                mark = "*" if way == ADAPTED else " "
+                cells = (
+                    cell(value) + (mark if of_model["ahead of (b) and (c)"][h] else " ")
+                    for h, value in enumerate(errors)
+                )
+                lines.append(f"{f'{name} {way}':34.34}" + "".join(f"{c:>28}" for c in cells))
+    return "\n".join([*lines, "", "* below (b) and (c) of the same model, by more than the interval of the difference"])
 
 
 def cell(value: list[float]) -> str:
@@ -112,13 +131,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
             error = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
             axis.errorbar([v[0] for v in values], places, xerr=error, fmt="o", ms=4, lw=1, label=way)
         axis.axvline(of_task["persistence"][h], color="0.7", ls=":", label="persistence")
-        if of_task["oracle"] is not None:
-            axis.axvline(of_task["oracle"][h][0], color="k", ls="--", lw=1, label="oracle")
+        for way, color in zip(PRIVILEGED, ("k", "C4"), strict=True):
+            if of_task[way] is not None:
+                axis.axvline(of_task[way][h][0], color=color, ls="--", lw=1, label=way)
         axis.set_xscale("log")
         axis.set_yticks(range(len(of_task["models"])), of_task["models"] if axis is axes[0][0] else [])
         axis.set_ylim(len(of_task["models"]) - 0.5, -0.5)
         axis.set_title(task, fontsize=9)
     axes[0][0].set_xlabel("error, 5 steps ahead")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)

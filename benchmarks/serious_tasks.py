@@ -32,6 +32,11 @@ class RobotTask:
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dead_actuators(self) -> bool:
+        """Whether systems differ by actuators that do not obey, and by nothing else."""
+        return self.family.endswith("-disabled")
+
 
 LYING = {"terminate_when_unhealthy": False}  # a robot that has fallen has physics, too
 POSE = {  # positions and velocities alone; the rest are functions of them, or of contacts
@@ -57,7 +62,10 @@ class Amount:
     """Systems of the training and of the test, episodes of each, and their steps."""
 
     train: int
+    """With those held out."""
     test: int
+    held_out: int = 16
+    """Of the training, to choose rates on."""
     episodes: int = 4
     own: int = 12
     """Episodes of a system of the test beside the two that models are adapted to and judged on: the oracle's."""

@@ -25,14 +25,24 @@ def models(import_benchmark):
 
 
 @pytest.fixture(scope="module")
+def controls(import_benchmark):
+    return import_benchmark("serious_controls")
+
+
+@pytest.fixture(scope="module")
 def benchmark(import_benchmark, tasks, models):
     return import_benchmark("serious_benchmark")
 
 
 @pytest.fixture(scope="module")
-def data(benchmark, models, tasks, tmp_path_factory):
-    size = benchmark.SIZES["tiny"]
-    return models.Data(size, *tasks.collected("halfcheetah-joint", size.amount, tmp_path_factory.mktemp("data")))
+def data(benchmark, tmp_path_factory):
+    return benchmark.data_of(benchmark.SIZES["tiny"], tmp_path_factory.mktemp("data"), "halfcheetah-joint")
+
+
+def with_size(data, **changed):
+    """The same data and another size."""
+    train = type(data.train)(*(torch.cat(both) for both in zip(data.held_out, data.train, strict=True)))
+    return type(data)(replace(data.size, **changed), train, data.test, dead_actuators=data.dead_actuators)
 
 
 def test_every_task_has_episodes_that_do_not_end(tasks):
@@ -56,26 +66,47 @@ def test_windows_are_what_was_seen(data, tasks):
     torch.testing.assert_close((x[1, 1], y[1, 1]), expected)
 
 
-def test_a_batch_adapts_to_one_episode_and_is_judged_on_another(data):
-    support_x, support_y, _, y = data.batch(torch.Generator().manual_seed(0))
-    number = data.size.batch
-    assert support_x.shape == (number, *data.size.support, data.inputs)
-    assert y.shape == (number, *data.size.query, data.outputs)
-    # Windows of the support follow each other: what one ends with, the next one begins with.
-    observed = support_x[..., : data.outputs]
-    end = observed[:, :-1, -1] * data.scales.observation.std + data.scales.observation.mean
-    end = end + data.scales.change.restore(support_y[:, :-1, -1])
-    begin = observed[:, 1:, 0] * data.scales.observation.std + data.scales.observation.mean
-    torch.testing.assert_close(end, begin, rtol=1e-3, atol=1e-3)
-    assert data.batch(torch.Generator().manual_seed(0), windows=6)[2].shape[1] == 6
+def test_a_batch_adapts_to_one_episode_and_is_judged_on_another_of_the_same_system(data, tasks):
+    number, episodes, steps, size = data.train.observation.shape
+    # Every observation says which system and episode it is of; every action at which step it was.
+    label = torch.arange(number)[:, None] * 100.0 + torch.arange(episodes)
+    labelled = tasks.Episodes(
+        label[:, :, None, None].expand(number, episodes, steps, size)
+        + 1e-3 * torch.randn(number, episodes, steps, size),
+        torch.arange(steps - 1.0)[:, None].expand_as(data.train.action),
+        data.train.physics,
+    )
+    test = tasks.Episodes(labelled.observation[:1], labelled.action[:1], labelled.physics[:1])
+    other = type(data)(replace(data.size, amount=replace(data.size.amount, held_out=1)), labelled, test)
+    for batch in (other.batch(torch.Generator().manual_seed(0)), other.tested(other.train)):
+        support_x, _, x, y = batch
+        assert support_x.shape[1:3] == other.size.support
+        assert y.shape[1:3] == other.size.query
+        seen, asked = (
+            part[..., :size] * other.scales.observation.std + other.scales.observation.mean for part in (support_x, x)
+        )
+        assert torch.equal((seen / 100).round().flatten(1)[:, 0], (asked / 100).round().flatten(1)[:, 0])
+        which = [(part.mean((1, 2, 3)) % 100).round() for part in (seen, asked)]
+        assert (which[0] != which[1]).all()
+        steps_of = support_x[..., size:] * other.scales.action.std + other.scales.action.mean
+        # Windows of the support follow each other: what one ends with, the next one goes on from.
+        torch.testing.assert_close(steps_of[:, 1:, 0], steps_of[:, :-1, -1] + 1, rtol=1e-3, atol=1e-2)
+    assert other.batch(torch.Generator().manual_seed(0), windows=6)[2].shape[1] == 6
 
 
-def test_that_nothing_changes_has_an_error_of_about_1(data, models):
-    for errors in models.persistence_errors(data):
+def test_a_component_that_never_moves_is_refused(data, tasks):
+    still = data.train.observation.clone()
+    still[..., 3] = 1.0
+    with pytest.raises(ValueError, match=r"must move in the training; \[3\] do not"):
+        type(data)(data.size, data.train._replace(observation=still), data.test)
+
+
+def test_that_nothing_changes_has_an_error_of_about_1(data, controls):
+    for errors in controls.persistence_errors(data):
         assert 0.2 < sum(errors) / len(errors) < 5
 
 
-def test_a_perfect_model_has_no_error_and_one_that_predicts_no_change_that_of_persistence(data, models):
+def test_a_perfect_model_has_no_error_and_one_that_predicts_no_change_that_of_persistence(data, models, controls):
     class Still(torch.nn.Module):
         """Predicts that observations stay."""
 
@@ -90,7 +121,7 @@ def test_a_perfect_model_has_no_error_and_one_that_predicts_no_change_that_of_pe
     params = {"w": torch.zeros(len(data.test.action))}
     errors = models.errors(Still(), data, params, data.test, data.size.context)
     torch.testing.assert_close(
-        torch.tensor(errors), torch.tensor(models.persistence_errors(data)), rtol=1e-3, atol=1e-3
+        torch.tensor(errors), torch.tensor(controls.persistence_errors(data)), rtol=1e-3, atol=1e-3
     )
     predicted = data.observed(data.test)[0][0, :, 5:]
     assert float(models.scaled(predicted, predicted, data.far).abs().max()) == 0.0
@@ -104,27 +135,37 @@ def test_physics_as_numbers(tasks):
     torch.testing.assert_close(several, torch.tensor([0.0, 0.0, 1.0]))
 
 
-def test_the_oracle_learns_from_the_very_system(data, models):
+def test_the_oracle_learns_from_the_very_system(data, models, controls):
     torch.manual_seed(0)
     params = dict(models.MODELS["StateSpaceModel"](data.inputs, data.outputs).named_parameters())
-    data.size, size = replace(data.size, oracle_steps=40), data.size
-    trained = models.oracle_errors(data, "StateSpaceModel", params, seed=0)
-    data.size = replace(data.size, oracle_steps=0)
-    untrained = models.oracle_errors(data, "StateSpaceModel", params, seed=0)
-    data.size = size
+    untrained, trained = (
+        controls.oracle_errors(with_size(data, oracle_steps=steps), "StateSpaceModel", params, seed=0)
+        for steps in (0, 40)
+    )
     assert sum(trained[0]) < 0.7 * sum(untrained[0])
 
 
-def test_a_model_that_is_told_the_physics_uses_them(data, models):
-    told = models.Told(models.MODELS["MLP"](data.inputs + 2, data.outputs), 2)
-    x = torch.randn(3, 5, data.inputs)
-    one, other = (
-        torch.func.functional_call(told, {"physics": p}, (x,))[0] for p in (torch.zeros(2), torch.tensor([0.0, 1.0]))
-    )
-    assert (one - other).abs().max() > 1e-3
-    found = models.told_errors(data, "MLP", seed=0)
-    assert [len(errors) for errors in found] == [len(data.test.action)] * 3
-    assert found == models.told_errors(data, "MLP", seed=0)
+def test_what_is_told_replaces_the_actions_of_dead_actuators_or_goes_in_beside_them(controls):
+    x, dead = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([0.0, 1.0])
+    assert controls.tell(x, dead, torch.tensor([-7.0, -8.0])).tolist() == [[1.0, 2.0, 3.0, -8.0]]
+    assert controls.tell(x, dead, None).tolist() == [[1.0, 2.0, 3.0, 4.0, 0.0, 1.0]]
+
+
+def test_a_model_that_is_told_the_physics_uses_those_of_the_system(data, tasks, controls):
+    number, episodes, steps, size = 24, 3, 120, 4
+    physics = torch.linspace(-1, 1, number)[torch.randperm(number, generator=torch.Generator().manual_seed(0))][:, None]
+    # How an observation changes is what the physics are, and nothing else; noise makes components move.
+    change = physics[:, :, None, None].expand(number, episodes, steps, size)
+    start = torch.randn(number, episodes, 1, size, generator=torch.Generator().manual_seed(1))
+    observation = torch.cat([start, start + change.cumsum(2)], 2)
+    action = torch.randn(number, episodes, steps, 2, generator=torch.Generator().manual_seed(2))
+    every = tasks.Episodes(observation, action, physics)
+    amount = replace(data.size.amount, held_out=4)
+    told = type(data)(replace(data.size, amount=amount, updates=40, batch=8), every, every)
+    right = controls.told_errors(told, "MLP", seed=0)
+    told.test = every._replace(physics=-physics)
+    wrong = controls.told_errors(told, "MLP", seed=0)
+    assert sum(right[0]) < 0.2 * sum(wrong[0])
 
 
 def test_a_run_makes_a_table_and_goes_on_where_it_was_stopped(benchmark, tmp_path, capsys):
@@ -140,11 +181,24 @@ def test_a_run_makes_a_table_and_goes_on_where_it_was_stopped(benchmark, tmp_pat
         "(c) all systems",
     }
     assert arguments.out.with_suffix(".png").stat().st_size > 10_000
-    shutil.rmtree(tmp_path / "runs" / "tiny" / "runs" / "halfcheetah-joint-MLP-1")
+    assert first["report"]["halfcheetah-joint"]["physics in the test"] == 1
+    folder = tmp_path / "runs" / "tiny" / "runs" / "halfcheetah-joint-MLP-1"
+    before = benchmark.load_checkpoint(folder).state["result"]
+    shutil.rmtree(folder)
+    capsys.readouterr()
     benchmark.main(arguments)
-    assert "seed 1" in capsys.readouterr().out
-    again = json.loads(arguments.out.read_text())
-    assert again["report"]["halfcheetah-joint"]["models"]["MLP"]["errors"] == of_model["errors"]
+    told = capsys.readouterr().out
+    assert "seed 1" in told
+    assert "seed 0" not in told
+    again = benchmark.load_checkpoint(folder).state["result"]
+    measured = {"milliseconds", "megabytes", "seconds"}
+    for way in ("maml", "joint"):  # alone in its process as behind another seed
+        assert {k: v for k, v in again[way].items() if k not in measured} == {
+            k: v for k, v in before[way].items() if k not in measured
+        }
+    shutil.rmtree(folder)
+    with pytest.raises(RuntimeError, match=r"results of seeds \[1\] are missing"):
+        benchmark.results_of(benchmark.SIZES["tiny"], tmp_path / "runs" / "tiny", 2, ("halfcheetah-joint",), ("MLP",))
     size = replace(benchmark.SIZES["tiny"], updates=3)
     with pytest.raises(SystemExit, match="of other settings"):
         benchmark.make(size, tmp_path / "runs" / "tiny", 2, ("halfcheetah-joint", "MLP"))
@@ -157,24 +211,36 @@ def test_what_is_not_known_is_refused(benchmark):
         benchmark.main(benchmark.Arguments(seeds=1))
 
 
-def test_the_report_says_what_is_ahead(import_benchmark):
+def test_the_report_compares_ways_seed_by_seed(import_benchmark):
     report = import_benchmark("serious_report")
 
-    def ways(after, before, both, alone):
-        of = lambda value: [[value, value + 0.1]] * 3  # noqa: E731
-        maml = {"after": of(after), "before": of(before), "milliseconds": 1.0, "left out": 0, "seconds": 1.0}
-        joint = {"after": of(both), "before": of(alone), "left out": 0, "seconds": 1.0, "rate": 0.1}
-        return {"maml": maml, "joint": joint, "parameters": 3, "megabytes": 1.0, "oracle": of(0.2)}
+    def ways(after, both, alone, *, level=0.0, ran_away=0.0):
+        of = lambda value: [[value + level, value + level + ran_away]] * 3  # noqa: E731
+        cost = {"milliseconds": 1.0, "megabytes": None, "left out": 0, "seconds": 2.0}
+        maml, joint = {"after": of(after), "before": of(1.0), **cost}, {"after": of(both), "before": of(alone), **cost}
+        joint["rate"] = 0.1
+        return {"maml": maml, "joint": joint, "parameters": 3, "seconds of both": 3.0}
 
-    found = report.report(
-        {
-            "task": {
-                "persistence": [[1.0, 1.0]] * 3,
-                "models": {"good": [ways(0.3, 0.6, 0.5, 0.7)] * 2, "bad": [ways(0.5, 0.6, 0.4, 0.7)] * 2},
-            }
-        }
-    )["task"]
-    assert found["models"]["good"]["ahead of (b) and (c)"] == [True] * 3
-    assert found["models"]["bad"]["ahead of (b) and (c)"] == [False] * 3
-    assert found["models"]["good"]["gap closed"] == pytest.approx([0.8] * 3)
-    assert found["persistence"] == [1.0] * 3
+    def found(runs, **more):
+        models = {"one": [{**run, **more} for run in runs]}
+        return report.report({"task": {"persistence": [[1.0, 1.0]] * 3, "physics": 2, "models": models}})["task"]
+
+    # Seeds differ by more than ways do, and every seed has the same order.
+    clear = found([ways(0.3, 0.34, 0.4), ways(0.3, 0.35, 0.41, level=1.0), ways(0.3, 0.34, 0.4, level=2.0)])
+    assert clear["models"]["one"]["ahead of (b) and (c)"] == [True] * 3
+    assert clear["models"]["one"]["errors"]["(a) MAML, adapted"][0][2] > 1.4
+    assert clear["models"]["one"]["seconds"] == [7.0] * 3
+    assert clear["physics in the test"] == 2
+    # In the mean (a) is better, in one seed it is not.
+    unclear = found([ways(0.3, 0.5, 0.6), ways(0.3, 0.29, 0.6), ways(0.3, 0.4, 0.6)])
+    assert unclear["models"]["one"]["ahead of (b) and (c)"] == [False] * 3
+    assert unclear["oracle"] is None
+    both = found([ways(0.3, 0.5, 0.7), ways(0.4, 0.5, 0.7)], oracle=[[0.2, 0.2]] * 3, told=[[0.25, 0.25]] * 3)
+    mean, low, high = both["models"]["one"]["gap closed"][0]
+    assert mean == pytest.approx(0.7)  # 0.8 and 0.6
+    assert low < 0.6 < 0.8 < high
+    assert both["told"][0][0] == pytest.approx(0.25)
+    worse = found([ways(0.3, 0.5, 0.7), ways(0.3, 0.5, 0.7)], oracle=[[0.8, 0.8]] * 3, told=[[0.3, 0.3]] * 3)
+    assert worse["models"]["one"]["gap closed"] == [None] * 3
+    away = found([ways(0.3, 0.5, 0.7, ran_away=100.0), ways(0.3, 0.5, 0.7)])
+    assert away["models"]["one"]["ran away"]["(b) all systems, adapted"] == 3
