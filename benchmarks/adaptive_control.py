@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -59,6 +60,8 @@ class Arguments:
     system: Annotated[Literal[tuple(SYSTEMS)], tyro.conf.Positional]  # type: ignore[valid-type]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Which."""
+    ways: tuple[str, ...] = ()
+    """Of those that the documentation names, ours among them; none: all."""
     jobs: int = 1
     """Runs at a time, on a thread each."""
     size: Literal["tiny", "default"] = "default"
@@ -228,8 +231,12 @@ def run_of(name: str, seed: int, size_name: str, runs: str) -> Run:
     return Run(SYSTEMS[name], seed, size_of(name, size_name), Path(runs) / size_name / name / str(seed))
 
 
-def run_seed(name: str, seed: int, size_name: str, runs: str) -> dict[str, Any]:
-    """What every way got: returns (groups, N), rewards after changes, errors of predictions."""
+def run_seed(name: str, seed: int, size_name: str, runs: str, chosen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What every way, or those chosen, got: returns (groups, N), rewards after changes, errors of predictions.
+
+    Raises:
+        ValueError: a way that is chosen is none of the system's, or ours is not chosen.
+    """
     torch.set_num_threads(1)
     run, size = run_of(name, seed, size_name, runs), size_of(name, size_name)
     run.open()
@@ -244,8 +251,12 @@ def run_seed(name: str, seed: int, size_name: str, runs: str) -> dict[str, Any]:
             tasks.append(first)
             later.append(second if changing else first)
             changes.append({size.episode // 2: second} if changing else None)
-    found = {}
-    for way, make in ways_of(run, tasks, later, key).items():
+    found, ways = {}, ways_of(run, tasks, later, key)
+    if chosen and (OURS not in chosen or not {*chosen} <= ways.keys()):
+        raise ValueError(f"--ways must be among {', '.join(ways)}, with {OURS!r}; got {', '.join(chosen)}.")
+    for way, make in ways.items():
+        if chosen and way not in chosen:
+            continue
         path = run.folder / f"{way}.json"
         if not path.exists():
             began = time.perf_counter()
@@ -322,7 +333,8 @@ def main(arguments: Arguments) -> None:
         if record["settings"] != settings:
             raise ValueError(f"{path} is of other settings than these; move it away: {record['settings']}")
         made = record["seeds"]
-    wanted = [(name, seed, arguments.size, str(arguments.runs)) for seed in arguments.seeds if str(seed) not in made]
+    seeds = [seed for seed in arguments.seeds if str(seed) not in made]
+    wanted = [(name, seed, arguments.size, str(arguments.runs), arguments.ways) for seed in seeds]
     if arguments.jobs == 1:
         new = [run_seed(*one) for one in wanted]
     else:
@@ -330,13 +342,16 @@ def main(arguments: Arguments) -> None:
             new = list(pool.map(run_seed, *zip(*wanted, strict=True))) if wanted else []
     made |= {str(seed): found for (_, seed, *_), found in zip(wanted, new, strict=True)}
     made = {seed: made[seed] for seed in sorted(made, key=int)}
+    if len({tuple(found) for found in made.values()}) > 1:
+        raise ValueError(f"Seeds of {path} have other --ways than these: {', '.join(next(iter(made.values())))}.")
     report = put_together([*made.values()])
+    options = [] if arguments.size == "default" else ["--size", arguments.size]
+    options += ["--ways", *arguments.ways] if arguments.ways else []
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {
         "report": report,
         "groups": [*GROUPS],
-        "command": f"python benchmarks/adaptive_control.py {name} --seeds {' '.join(made)}"
-        + ("" if arguments.size == "default" else f" --size {arguments.size}"),
+        "command": shlex.join(["python", "benchmarks/adaptive_control.py", name, "--seeds", *made, *options]),
         "machine": f"{platform.machine()}, 2 cores",
         "settings": settings,
         "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -60,6 +60,21 @@ def test_seeds_are_added_and_none_is_made_twice(tmp_path):
     assert (tmp_path / "out" / "adaptive_control_cartpole.png").stat().st_size > 10_000
 
 
+def test_some_ways_can_be_run_alone(study, tmp_path):
+    ways = (study.OURS, "hidden state alone")
+    paths = {"runs": tmp_path / "runs", "out": tmp_path / "out"}
+    arguments = study.Arguments("cartpole", seeds=(0,), size="tiny", ways=ways, **paths)
+    study.main(arguments)
+    record = json.loads((tmp_path / "out" / "adaptive_control_cartpole.json").read_text())
+    assert [*record["report"]] == [*ways]
+    assert record["command"].endswith("--size tiny --ways 'meta-trained, adapting' 'hidden state alone'")
+    with pytest.raises(ValueError, match=r"other --ways than these: meta-trained, adapting, hidden"):
+        study.main(replace(arguments, seeds=(1,), ways=ways[:1]))
+    for wrong in (("magic", study.OURS), ways[1:]):
+        with pytest.raises(ValueError, match=r"--ways must be among true physics, .*, with 'meta-trained, adapting'"):
+            study.run_seed("cartpole", 0, "tiny", str(tmp_path / "runs"), wrong)
+
+
 def test_a_robot_has_gains_that_adapt_and_no_ways_that_need_its_equations(tmp_path):
     pytest.importorskip("mujoco")
     _, record = call(tmp_path, "cheetah_joint", "0")
