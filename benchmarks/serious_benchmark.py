@@ -50,7 +50,7 @@ from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 
 SIZES = {
     "tiny": Size(
-        Amount(6, 3, held_out=2, own=2), updates=2, batch=3, oracle_steps=2, rates=(0.01, 0.1), compile="trace"
+        Amount(6, 3, held_out=2, own=4), updates=2, batch=3, oracle_steps=2, rates=(0.01, 0.1), compile="trace"
     ),
     "default": Size(Amount(216, 64), updates=400),
 }

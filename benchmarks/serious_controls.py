@@ -30,25 +30,40 @@ def persistence_errors(data: Data) -> list[list[float]]:
 
 
 def oracle_errors(data: Data, name: str, params: Any, seed: int) -> list[list[float]]:
-    """Of the model for all systems, trained on with the other episodes of the very system, one model for each."""
+    """Of the model for all systems, trained on with the other episodes of the very system, one model for each.
+
+    The last two of these are held out, and of all steps those weights are taken that do best on them, system by system.
+    """
     size, number, length = data.size, len(data.test.action), data.size.query[1]
     model, generator = MODELS[name](data.inputs, data.outputs), stream(seed, 3)
     own = {name: p.detach().expand(number, *p.shape).clone().requires_grad_() for name, p in params.items()}
     optimizer = torch.optim.Adam(own.values())  # elementwise, so that systems do not know each other
-    systems = torch.arange(number)
+    systems, last = torch.arange(number), data.test.action.shape[1] - 2
+    held_out = [
+        torch.cat(both, 1) for both in zip(*(data.tested(data.test, (0, last + e))[2:] for e in (0, 1)), strict=True)
+    ]
+    loss = vmap(partial(one_step, model))
+    best = {name: p.detach().clone() for name, p in own.items()}
+    with torch.no_grad():
+        least = loss(best, *held_out)
     for step in range(size.oracle_steps):
         optimizer.param_groups[0]["lr"] = rate_at(step, size.oracle_steps, size.outer_lr / 2)
         parts = []
         for _ in range(size.oracle_windows):
-            episode = torch.randint(2, data.test.action.shape[1], (number,), generator=generator)
+            episode = torch.randint(2, last, (number,), generator=generator)
             begin = data.begins(number, length, generator)
             parts.append(windows_at(data.scales, data.test, systems, episode, begin[:, None], length))
-        x, y = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         optimizer.zero_grad()
-        vmap(partial(one_step, model))(own, x, y).sum().backward()
+        loss(own, *(torch.cat(part, 1) for part in zip(*parts, strict=True))).sum().backward()
         optimizer.step()
-    with torch.no_grad():
-        return errors(model, data, own, data.test, size.context)
+        if (step + 1) % max(size.oracle_steps // 10, 1) == 0:
+            with torch.no_grad():
+                found = loss(own, *held_out)
+                for name, p in own.items():
+                    better = (found < least).view(-1, *[1] * (p.dim() - 1))
+                    best[name] = torch.where(better, p, best[name])
+                least = torch.minimum(found, least)
+    return errors(model, data, best, data.test, size.context)
 
 
 class Told(nn.Module):

@@ -39,7 +39,7 @@ class Size:
     """Of Adam, after a tenth of the updates; it falls to 0 as a cosine."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Of gradient descent from the model for all systems; what suits it best on those held out is taken."""
-    oracle_steps: int = 200
+    oracle_steps: int = 300
     """Of Adam, on all other episodes of the very system."""
     oracle_windows: int = 8
     """Of each of its steps."""
