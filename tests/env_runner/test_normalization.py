@@ -177,6 +177,7 @@ def test_a_rollout_that_began_anew_begins_its_return_anew():
     assert scale_rewards(state, rewards([[5.0]]))[1].discounted_return.item() == 5 + 0.99 * 2.99
 
 
+@pytest.mark.skipif(gymnasium.__version__.startswith("1.1."), reason="its NormalizeReward does something else")
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_rewards_of_truncated_episodes_are_scaled_as_gymnasium_does_it(mode):
     """Gymnasium's wrapper with SAME_STEP is the reference for all three modes."""
