@@ -3,7 +3,7 @@
 #
 #     docker build -t ssmrl . && docker run --rm ssmrl
 #     mkdir -p output
-#     docker run --rm --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD/output:/work/output" ssmrl   # and keep what it makes
+#     docker run --rm --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD/output:/app/output" ssmrl   # and keep what it makes
 #     docker run --rm ssmrl python examples/adapt_dynamics.py --env Pendulum-v1
 #     docker build --target tests -t ssmrl-tests . && docker run --rm ssmrl-tests
 ARG PYTHON=3.11
@@ -23,7 +23,7 @@ RUN python -m build --wheel --outdir dist .
 FROM python:${PYTHON}-slim AS runtime
 ARG INSTALL="uv pip install --system --no-cache --torch-backend=cpu"
 ENV MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-WORKDIR /work
+WORKDIR /app
 COPY constraints.txt ./
 # PyTorch first: it is most of the image, and does not change when the library does.
 RUN pip install --no-cache-dir -c constraints.txt uv && ${INSTALL} -c constraints.txt torch
