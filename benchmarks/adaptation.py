@@ -31,6 +31,7 @@ import torch
 import torchopt
 import tyro
 from adaptation_systems import Streams, gym_streams, linear_streams, meta_train, new_model, train_hidden_state_only
+from memory import resident
 from torch import Tensor
 
 from ssmrl import AdaptationConfig, Adapter, StateSpaceModel, StreamAdapter
@@ -154,11 +155,6 @@ def medians(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, floa
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def resident() -> float:
-    """Resident memory in MB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 # Study
 
 
@@ -236,11 +232,11 @@ def adapting(
         errors[t] = (prediction - y).square().mean(-1)
         adapter.update_step(x, y, state, reset=streams.reset[:, t] if masked else None)
         state = after
-        warm = resident() if t == num_steps // 10 else warm
+        warm = resident("VmRSS") if t == num_steps // 10 else warm
     counts = adapter.counts
     assert counts is not None
     happened = {name: float(c.sum()) for name, c in zip(counts._fields, counts, strict=True)}
-    return errors.T, happened | {"MB that memory grew by after the first tenth": resident() - warm}
+    return errors.T, happened | {"MB that memory grew by after the first tenth": resident("VmRSS") - warm}
 
 
 class _Remembering(torch.nn.Module):

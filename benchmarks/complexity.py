@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from meta_gradient_memory import resident
+from memory import peak_of
 from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
@@ -91,10 +91,9 @@ class Arguments:
 
 def measured(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
     """Median milliseconds of a call, after a first one, and the megabytes that the first one took."""
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    call()
-    peak, times, began = resident("VmHWM") - before, [], time.perf_counter()
+    _, peak = peak_of(call)
+    times: list[float] = []
+    began = time.perf_counter()
     while not times or (time.perf_counter() - began < seconds and len(times) < 200):
         started = time.perf_counter()
         call()

@@ -38,6 +38,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from memory import peak_of
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -62,14 +63,6 @@ class Arguments:
     out: Path = Path("output/meta_gradient_memory.json")
     """File for the figures; the plot goes beside it."""
     point: Annotated[str | None, tyro.conf.arg(help="internal: one point")] = None
-
-
-def resident(field: str) -> float:
-    """Resident memory in MB: VmRSS now, VmHWM its peak (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
 def shapes(size: str) -> tuple[int, ...]:
@@ -235,12 +228,9 @@ def measure(way: str, steps: int, size: str) -> dict[str, Any]:
     make, options = WAYS[way]
     run = make(size, steps, options(steps))
     run(1)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     started = time.perf_counter()
-    gradient = run(steps)
+    gradient, peak = peak_of(lambda: run(steps))
     first = time.perf_counter() - started
-    peak = resident("VmHWM") - before
     times = [first]
     for _ in range(0 if first > 20 else 3):
         started = time.perf_counter()

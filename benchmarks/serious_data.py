@@ -33,12 +33,11 @@ class Size:
     """Windows of another episode, and their steps."""
     context: int = 4
     """Steps of a window of the test that the model sees before it predicts from its own predictions."""
-    inner_lr: float = 0.05
-    """At first; every tensor learns its own."""
     outer_lr: float = 0.005
     """Of Adam, after a tenth of the updates; it falls to 0 as a cosine."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Of gradient descent from the model for all systems; what suits it best on those held out is taken."""
+    """Of gradient descent from the model for all systems; what suits it best on those held out is taken, and is MAML's
+    at first, where every tensor learns its own."""
     oracle_steps: int = 300
     """Of Adam, on all other episodes of the very system."""
     oracle_windows: int = 8

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchopt
-from meta_gradient_memory import resident
+from memory import peak_of
 from schedules import rate_at
 from serious_data import Data
 from serious_tasks import HORIZONS, Episodes
@@ -60,20 +60,17 @@ def trained(
     windows: int | None = None,
 ) -> tuple[float, float | None]:
     """Make these of `total` updates; the median milliseconds of one, and the megabytes that the last one took."""
-    times, megabytes, peak = [], None, Path("/proc/self/clear_refs")
+    times, megabytes = [], None
     for update in updates:
         for group in learner.outer_step.optimizer.param_groups:
             group["lr"] = rate_at(update, total, data.size.outer_lr)
         tasks = data.batch(generator, windows)
-        last = update == updates[-1] and peak.exists()
-        if last:
-            before = resident("VmRSS")
-            peak.write_text("5")
         began = time.perf_counter()
-        learner.meta_update(tasks)
+        if update == updates[-1] and sys.platform == "linux":
+            _, megabytes = peak_of(partial(learner.meta_update, tasks))
+        else:
+            learner.meta_update(tasks)
         times.append(time.perf_counter() - began)
-        if last:
-            megabytes = resident("VmHWM") - before
     return 1000 * statistics.median(times), megabytes
 
 
@@ -84,7 +81,7 @@ class Learners:
         size = data.size
         self.data, self.make = data, lambda: MODELS[name](data.inputs, data.outputs)
         self.model = self.make()
-        self.rates = learning_rates(dict(self.model.named_parameters()), size.inner_lr)
+        self.rates = learning_rates(dict(self.model.named_parameters()), size.rates[0])  # another one before it learns
         options: dict[str, Any] = {"max_grad_norm": 1.0, "compile": size.compile, "nonfinite": NonFinite("skip")}
         self.maml = MetaMAML(
             self.model,

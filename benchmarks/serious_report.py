@@ -20,7 +20,7 @@ from ssmrl.meta_rl import interquartile_mean, student_t_interval
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["ADAPTED", "plot", "report", "table"]
+__all__ = ["plot", "report", "table"]
 
 WAYS = {
     "(a) MAML, adapted": ("maml", "after"),
