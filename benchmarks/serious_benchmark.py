@@ -7,6 +7,8 @@ mass), six models of about as many weights, each
     (b) trained on all systems at once, and adapted by as many steps, of the one rate that suits it best,
     (c) the same, not adapted,
 
+all of them with a gain for every actuator where actuators may be dead: (b) adapts either everything or the gains alone;
+
 on systems that were not trained on: what is known of one is 64 steps of another episode. Scored are predictions of 1, 5
 and 20 steps from predictions, in units of how far the robot gets in that time. "Persistence" predicts that nothing
 changes; the oracle is the state model of (c), trained on with twelve episodes of the very system; "told" is a state

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from schedules import rate_at
 from serious_data import Data
-from serious_models import MODELS, errors, finite, one_step, scaled, stream
+from serious_models import MODELS, errors, finite, made, one_step, scaled, stream
 from serious_tasks import HORIZONS, windows_at
 from torch import Tensor, nn
 from torch.func import vmap
@@ -35,7 +35,7 @@ def oracle_errors(data: Data, name: str, params: Any, seed: int) -> list[list[fl
     The last two of these are held out, and of all steps those weights are taken that do best on them, system by system.
     """
     size, number, length = data.size, len(data.test.action), data.size.query[1]
-    model, generator = MODELS[name](data.inputs, data.outputs), stream(seed, 3)
+    model, generator = made(name, data), stream(seed, 3)
     own = {name: p.detach().expand(number, *p.shape).clone().requires_grad_() for name, p in params.items()}
     optimizer = torch.optim.Adam(own.values())  # elementwise, so that systems do not know each other
     systems, last = torch.arange(number), data.test.action.shape[1] - 2
@@ -101,8 +101,7 @@ def tell(x: Tensor, physics: Tensor, no_action: Tensor | None) -> Tensor:
 def told_errors(data: Data, name: str, seed: int) -> list[list[float]]:
     """Of a model for all systems that is told the physics of each, and does not adapt: what knowing them is worth."""
     size, physics = data.size, data.train.physics
-    action = data.scales.action
-    no_action = action.normalize(torch.zeros_like(action.mean)) if data.dead_actuators else None
+    no_action = data.no_action if data.dead_actuators else None
     torch.manual_seed(seed)
     inputs = data.inputs + (0 if data.dead_actuators else physics.shape[-1])
     told = Told(MODELS[name](inputs, data.outputs), physics[0], no_action)

@@ -38,6 +38,8 @@ class Size:
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Of gradient descent from the model for all systems; what suits it best on those held out is taken, and is MAML's
     at first, where every tensor learns its own."""
+    gain_rate: float = 3.0
+    """MAML's at first, of the gains of models that have them."""
     oracle_steps: int = 300
     """Of Adam, on all other episodes of the very system."""
     oracle_windows: int = 8
@@ -74,6 +76,8 @@ class Data:
         self.train = Episodes(*(leaf[held_out:] for leaf in train))
         self.held_out = Episodes(*(leaf[:held_out] for leaf in train))
         self.scales, self.far = scales_of(self.train), steps_apart(self.train)
+        self.no_action = self.scales.action.normalize(torch.zeros(train.action.shape[-1]))
+        """(A,) an action of 0, as models see it."""
         self.inputs = train.observation.shape[-1] + train.action.shape[-1]
         self.outputs = train.observation.shape[-1]
         if bool((self.far == 0).any()):

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchopt
@@ -24,11 +24,11 @@ from torch.func import vmap
 
 from ssmrl import GRU, LSTM, MLP, DiagonalSSM, MetaMAML, StateSpaceModel, Transformer, adapt, mse_loss
 from ssmrl.adaptation import clip_by_global_norm, learning_rates, scale_by_learning_rates
-from ssmrl.core import functional_forward
+from ssmrl.core import WithInputGains, functional_forward
 from ssmrl.env_runner import derive_seed
 from ssmrl.meta_rl import NonFinite, dynamics_data, model_step, predict_open_loop
 
-__all__ = ["LARGEST", "MODELS", "Learners", "errors", "finite", "one_step", "run", "scaled", "stream"]
+__all__ = ["LARGEST", "MODELS", "Learners", "errors", "finite", "made", "one_step", "run", "scaled", "stream"]
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "StateSpaceModel": lambda inputs, outputs: StateSpaceModel(64, inputs, outputs, hidden_dim=128),
@@ -39,6 +39,16 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "DiagonalSSM": lambda inputs, outputs: DiagonalSSM(32, inputs, outputs, hidden_dim=64),
 }
 """Of about as many weights each."""
+
+
+def made(name: str, data: Data) -> nn.Module:
+    """A model of this name; where actuators may be dead, with a gain for every one of them, (A,), of 1 at first."""
+    model = MODELS[name](data.inputs, data.outputs)
+    return WithInputGains(model, len(data.no_action), data.no_action) if data.dead_actuators else model
+
+
+GAIN = "gain"
+"""The name that `WithInputGains` gives its gains."""
 
 
 def one_step(model: nn.Module, params: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -79,8 +89,8 @@ class Learners:
 
     def __init__(self, name: str, data: Data) -> None:
         size = data.size
-        self.data, self.make = data, lambda: MODELS[name](data.inputs, data.outputs)
-        self.model = self.make()
+        self.data, self.name = data, name
+        self.model = made(name, data)
         self.rates = learning_rates(dict(self.model.named_parameters()), size.rates[0])  # another one before it learns
         options: dict[str, Any] = {"max_grad_norm": 1.0, "compile": size.compile, "nonfinite": NonFinite("skip")}
         self.maml = MetaMAML(
@@ -100,14 +110,14 @@ class Learners:
         for learner, state in zip((self.maml, self.joint), self._beginning, strict=True):
             learner.load_state_dict(state)
         torch.manual_seed(seed)
-        self.model.load_state_dict(self.make().state_dict())
+        self.model.load_state_dict(made(self.name, self.data).state_dict())
 
     def go_on_from(self, params: dict[str, Tensor], rate: float) -> None:
-        """MAML begins with these weights and this rate of every tensor."""
-        self.model.load_state_dict(params)
+        """MAML begins with these weights and this rate of every tensor, the gains apart, which have their own."""
         with torch.no_grad():
-            for value in self.rates.values():
-                value.fill_(rate)
+            for name, p in self.model.named_parameters():
+                p.copy_(params[name])
+                self.rates[name].fill_(self.data.size.gain_rate if name == GAIN else rate)
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the weights and of the rates."""
@@ -169,36 +179,54 @@ def finite(found: Tensor) -> list[list[float]]:
     return kept
 
 
-def best_rate(model: nn.Module, data: Data, params: Any) -> tuple[float, list[float]]:
-    """Of the rates of the size, the one with the lowest error after adaptation, and the error of each.
+class Way(NamedTuple):
+    """Of adapting without meta-training."""
+
+    gains_alone: bool
+    rate: float
+
+
+def ways_to_adapt(data: Data) -> list[Way]:
+    """All weights at every rate, and where models have gains, these alone."""
+    return [Way(alone, rate) for alone in (False, True)[: 1 + data.dead_actuators] for rate in data.size.rates]
+
+
+def rates_of(way: Way, params: Any) -> dict[str, Tensor]:
+    """Of every tensor."""
+    return {name: torch.full((), 0.0 if way.gains_alone and name != GAIN else way.rate) for name in params}
+
+
+def best_way(model: nn.Module, data: Data, params: Any, ways: list[Way]) -> Way:
+    """The one with the lowest error after adaptation.
 
     It is the median over systems that are held out of the training, five steps ahead.
     """
     support_x, support_y, *_ = data.tested(data.held_out)
     medians = []
-    for rate in data.size.rates:
-        rates = {name: torch.full((), rate) for name in params}
-        after = adapted(model, params, rates, data.size.inner_steps, support_x, support_y)
+    for way in ways:
+        after = adapted(model, params, rates_of(way, params), data.size.inner_steps, support_x, support_y)
         medians.append(statistics.median(errors(model, data, after, data.held_out, data.size.context)[1]))
-    return data.size.rates[medians.index(min(medians))], medians
+    return ways[medians.index(min(medians))]
 
 
 def run(learners: Learners, seed: int) -> dict[str, Any]:
     """Both trainings with a seed, and what they are worth on the systems of the test.
 
     They share their first part, in which a model learns from all systems at once; then one of them goes on with that,
-    and the other one with MAML, from the rate of adaptation that suits the model best by then.
+    and the other one with MAML, from the rate of adaptation that suits the model best by then. The one that goes on is
+    adapted in the way that is best on the systems held out; what all other ways had given is there, too.
     """
     data, model, size = learners.data, learners.model, learners.data.size
     support_x, support_y, *_ = data.tested(data.test)
     number = len(data.test.action)
 
-    def score(params: Any, rates: Any) -> dict[str, Any]:
+    def before(params: Any) -> list[list[float]]:
         alike = {name: p.expand(number, *p.shape) for name, p in params.items()}
-        after = adapted(model, params, rates, size.inner_steps, support_x, support_y)
-        return {
-            way: errors(model, data, of, data.test, size.context) for way, of in (("before", alike), ("after", after))
-        }
+        return errors(model, data, alike, data.test, size.context)
+
+    def after(params: Any, rates: Any) -> list[list[float]]:
+        of_each = adapted(model, params, rates, size.inner_steps, support_x, support_y)
+        return errors(model, data, of_each, data.test, size.context)
 
     began = time.perf_counter()
     learners.begin(seed)
@@ -209,16 +237,19 @@ def run(learners: Learners, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     cost = trained(learners.joint, data, range(shared, total), total, stream(seed, 1), size.joint_windows)
     params, _ = learners.weights()
-    rate, medians = best_rate(model, data, params)
-    joint = {**score(params, {name: torch.full((), rate) for name in params}), "rate": rate}
-    joint |= {"errors of rates": medians, "left out": learners.joint.left_out}
+    ways = ways_to_adapt(data)
+    way = best_way(model, data, params, ways)
+    of_ways = [after(params, rates_of(one, params)) for one in ways]
+    joint = {"before": before(params), "after": of_ways[ways.index(way)], "left out": learners.joint.left_out}
+    joint |= {"way": way._asdict(), "after, any way": of_ways}
     joint |= {"milliseconds": cost[0], "megabytes": cost[1], "seconds": time.perf_counter() - began}
 
     began = time.perf_counter()
-    learners.go_on_from(shared_params, best_rate(model, data, shared_params)[0])
+    all_weights = [one for one in ways if not one.gains_alone]
+    learners.go_on_from(shared_params, best_way(model, data, shared_params, all_weights).rate)
     cost = trained(learners.maml, data, range(size.updates), size.updates, stream(seed, 2))
     meta, rates = learners.weights()
-    maml = {**score(meta, rates), "left out": learners.maml.left_out}
+    maml = {"before": before(meta), "after": after(meta, rates), "left out": learners.maml.left_out}
     maml |= {"milliseconds": cost[0], "megabytes": cost[1], "seconds": time.perf_counter() - began}
     return {
         "parameters": sum(p.numel() for p in params.values()),
