@@ -15,7 +15,7 @@ from serious_models import LARGEST
 from serious_tasks import HORIZONS
 from torch import Tensor
 
-from ssmrl.meta_rl import interquartile_mean, student_t_interval
+from ssmrl.meta_rl import interquartile_mean, stratified_bootstrap, student_t_interval
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,6 +43,14 @@ def interval(scores: Tensor) -> list[list[float]]:
     return torch.stack([*student_t_interval(scores)], -1).tolist()
 
 
+def bootstrap(runs: list[Any]) -> list[list[float]]:
+    """(len(HORIZONS), 3): interquartile mean, low and high of errors (R, len(HORIZONS), N), whole seeds drawn again."""
+    scores = torch.tensor(runs, dtype=torch.float64).transpose(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    found = [stratified_bootstrap(of_horizon, generator=generator, whole_runs=True) for of_horizon in scores]
+    return [[float(value) for value in one] for one in found]
+
+
 def report(results: dict[str, Any]) -> dict[str, Any]:
     """Of every task and model: errors of its ways, differences between them, what they cost, shares of the gap."""
     found: dict[str, Any] = {}
@@ -55,6 +63,7 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
             ahead = {other: interval(scores[other] - scores[ADAPTED]) for other in (BOTH, ALONE, HINDSIGHT)}
             of_models[name] = {
                 "errors": {way: interval(of_way) for way, of_way in scores.items()},
+                "bootstrap": {w: bootstrap([one[which][when] for one in runs]) for w, (which, when) in WAYS.items()},
                 "less than": ahead,
                 "ahead of (b) and (c)": [all(ahead[o][h][1] > 0 for o in (BOTH, ALONE)) for h in range(len(HORIZONS))],
                 "ran away": {

@@ -254,6 +254,8 @@ def test_the_report_compares_ways_seed_by_seed(import_benchmark):
     assert clear["models"]["one"]["ahead of (b) and (c)"] == [True] * 3
     assert clear["models"]["one"]["errors"]["(a) MAML, adapted"][0][2] > 1.4
     assert clear["models"]["one"]["seconds"] == [7.0] * 3
+    # Whole seeds are drawn again: from all of the lowest one to all of the highest.
+    assert clear["models"]["one"]["bootstrap"]["(a) MAML, adapted"][0] == pytest.approx([1.3, 0.3, 2.3], abs=0.35)
     # Of the ways of (b) that the test would have chosen, which does not count for being ahead.
     hindsight = "(b) in the best way for the test"
     assert clear["models"]["one"]["errors"][hindsight][0][0] == pytest.approx(1.243, abs=1e-3)
