@@ -128,12 +128,14 @@ def make(size: Size, runs: Path, seeds: int, job: tuple[str, str]) -> str:
             if found.state["settings"] != about:
                 raise SystemExit(f"{folder} is of other settings; move it away, or take another --runs.")
             continue
+        began = time.perf_counter()
         learners = learners or Learners(name, data_of(size, runs, task))
         result = run(learners, seed)
         params = result.pop("weights")
         if name == "StateSpaceModel":
             result["oracle"] = oracle_errors(learners.data, name, params, seed)
             result["told"] = told_errors(learners.data, name, seed)
+        result["seconds"] = time.perf_counter() - began
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(folder, seed, {"settings": about, "result": result}, keep=1)
         told.append(f"seed {seed}")
@@ -156,6 +158,12 @@ def results_of(size: Size, runs: Path, seeds: int, tasks: tuple[str, ...], names
     return results
 
 
+def hours_of(results: dict[str, Any]) -> float:
+    """Of all trainings, those of earlier calls with them; of one core, as every process has one thread."""
+    every = (one for of_task in results.values() for runs in of_task["models"].values() for one in runs)
+    return sum(one["seconds"] for one in every) / 3600
+
+
 def main(arguments: Arguments) -> None:
     size, tiny = SIZES[arguments.size], arguments.size == "tiny"
     tasks = chosen(arguments.task, TASKS, TINY["tasks"] if tiny else tuple(TASKS), "task")
@@ -163,7 +171,7 @@ def main(arguments: Arguments) -> None:
     seeds = (TINY["seeds"] if tiny else 5) if arguments.seeds is None else arguments.seeds
     if seeds < 2 or arguments.jobs < 1:
         raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
-    began, runs = time.perf_counter(), arguments.runs / arguments.size
+    runs = arguments.runs / arguments.size
     jobs = [(task, name) for task in tasks for name in names]
     with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         list(pool.imap_unordered(partial(prepare, size, runs), tasks))  # before any model asks for them
@@ -176,7 +184,7 @@ def main(arguments: Arguments) -> None:
         "report": report(results),
         "size": asdict(size),
         "seeds": seeds,
-        "seconds": time.perf_counter() - began,
+        "core hours": hours_of(results),
         "command": " ".join(["python benchmarks/serious_benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -186,7 +194,7 @@ def main(arguments: Arguments) -> None:
     arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
     plot(figures["report"], arguments.out.with_suffix(".png"))
     print(table(figures["report"]))
-    print(f"\nwrote {arguments.out} in {figures['seconds']:.0f} s")
+    print(f"\nwrote {arguments.out}, of {figures['core hours']:.2f} hours of trainings")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
                 "megabytes of a meta-update": median_of([one["maml"]["megabytes"] for one in runs]),
                 "ways of (b)": [one["joint"]["way"] for one in runs],
                 "left out": [[one[which]["left out"] for which in ("maml", "joint")] for one in runs],
-                "seconds": [one["seconds of both"] + sum(one[w]["seconds"] for w in ("maml", "joint")) for one in runs],
+                "seconds": [one["seconds"] for one in runs],
             }
             if all(way in one for one in runs for way in PRIVILEGED):
                 of_ways = {way: of_seeds([one[way] for one in runs]) for way in PRIVILEGED}

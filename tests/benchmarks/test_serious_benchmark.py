@@ -215,7 +215,7 @@ def test_a_run_makes_a_table_and_goes_on_where_it_was_stopped(benchmark, tmp_pat
     assert "seed 1" in told
     assert "seed 0" not in told
     again = benchmark.load_checkpoint(folder).state["result"]
-    measured = {"milliseconds", "megabytes", "seconds"}
+    measured = {"milliseconds", "megabytes"}
     for way in ("maml", "joint"):  # alone in its process as behind another seed
         assert {k: v for k, v in again[way].items() if k not in measured} == {
             k: v for k, v in before[way].items() if k not in measured
@@ -235,15 +235,22 @@ def test_what_is_not_known_is_refused(benchmark):
         benchmark.main(benchmark.Arguments(seeds=1))
 
 
+def test_hours_are_those_of_all_trainings(benchmark):
+    assert (
+        benchmark.hours_of({"task": {"models": {"one": [{"seconds": 1800.0}] * 2, "other": [{"seconds": 3600.0}]}}})
+        == 2
+    )
+
+
 def test_the_report_compares_ways_seed_by_seed(import_benchmark):
     report = import_benchmark("serious_report")
 
     def ways(after, both, alone, *, level=0.0, ran_away=0.0):
         of = lambda value: [[value + level, value + level + ran_away]] * 3  # noqa: E731
-        cost = {"milliseconds": 1.0, "megabytes": None, "left out": 0, "seconds": 2.0}
+        cost = {"milliseconds": 1.0, "megabytes": None, "left out": 0}
         maml, joint = {"after": of(after), "before": of(1.0), **cost}, {"after": of(both), "before": of(alone), **cost}
         way = {"way": {"gains_alone": False, "rate": 0.1}, "after, any way": [of(both), of(both - 0.1)]}
-        return {"maml": maml, "joint": joint | way, "parameters": 3, "seconds of both": 3.0}
+        return {"maml": maml, "joint": joint | way, "parameters": 3, "seconds": 7.0}
 
     def found(runs, **more):
         models = {"one": [{**run, **more} for run in runs]}
@@ -260,6 +267,9 @@ def test_the_report_compares_ways_seed_by_seed(import_benchmark):
     hindsight = "(b) in the best way for the test"
     assert clear["models"]["one"]["errors"][hindsight][0][0] == pytest.approx(1.243, abs=1e-3)
     assert clear["models"]["one"]["less than"][hindsight][0][2] < 0
+    assert (
+        import_benchmark("serious_benchmark").hours_of({"task": {"models": {"one": [{"seconds": 1800.0}] * 3}}}) == 1.5
+    )
     assert clear["physics in the test"] == 2
     # In the mean (a) is better, in one seed it is not.
     unclear = found([ways(0.3, 0.5, 0.6), ways(0.3, 0.29, 0.6), ways(0.3, 0.4, 0.6)])
