@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -142,7 +143,7 @@ def main(arguments: Arguments) -> None:
                 "devices": names,
                 "date": time.strftime("%Y-%m-%d"),
                 "arguments": {**asdict(arguments), "out": str(arguments.out)},
-                "command": f"python benchmarks/devices.py --devices {' '.join(arguments.devices)}",
+                "command": " ".join(["python benchmarks/devices.py", *sys.argv[1:]]),
                 "versions": {
                     "ssmrl": ssmrl.__version__,
                     "torch": torch.__version__,

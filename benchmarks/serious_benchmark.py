@@ -4,10 +4,10 @@ Seven tasks (HalfCheetah's gravity, mass and a dead joint, Walker2d's parameters
 mass), six models of about as many weights, each
 
     (a) meta-trained with MAML, whose inner rates are learned, and adapted,
-    (b) trained on all systems at once, and adapted by as many steps, of the one rate that suits it best,
+    (b) trained on all systems at once, and adapted by as many steps, at the rate that suits systems held out best,
     (c) the same, not adapted,
 
-all of them with a gain for every actuator where actuators may be dead: (b) adapts either everything or the gains alone;
+all of them with a gain for every actuator where actuators may be dead, for which (b) has a rate of its own;
 
 on systems that were not trained on: what is known of one is 64 steps of another episode. Scored are predictions of 1, 5
 and 20 steps from predictions, in units of how far the robot gets in that time. "Persistence" predicts that nothing
@@ -52,10 +52,18 @@ from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 
 SIZES = {
     "tiny": Size(
-        Amount(6, 3, held_out=2, own=4), updates=2, batch=3, oracle_steps=2, rates=(0.01, 0.1), compile="trace"
+        Amount(6, 3, held_out=2, own=4),
+        updates=2,
+        batch=3,
+        oracle_steps=2,
+        rates=(0.01, 0.1),
+        gain_rates=(3.0,),
+        compile="trace",
     ),
     "default": Size(Amount(216, 64), updates=400),
 }
+VERSION = 2
+"""Of the trainings and of what is saved of them: to be raised with either, so that no results of two of them mix."""
 TINY = {"tasks": ("halfcheetah-gravity", "ant-leg"), "methods": ("StateSpaceModel", "MLP"), "seeds": 2}
 """What `--size tiny` runs, unless it is told otherwise."""
 
@@ -101,6 +109,7 @@ def prepare(size: Size, runs: Path, task: str) -> None:
 def settings(size: Size, task: str, name: str) -> dict[str, Any]:
     """What a result depends on beside its seed, as JSON has it."""
     about = {
+        "version": VERSION,
         "size": asdict(size),
         "task": asdict(TASKS[task]),
         "model": inspect.getsource(MODELS[name]).strip(),
@@ -126,16 +135,16 @@ def make(size: Size, runs: Path, seeds: int, job: tuple[str, str]) -> str:
         found = load_checkpoint(folder)
         if found is not None:
             if found.state["settings"] != about:
-                raise SystemExit(f"{folder} is of other settings; move it away, or take another --runs.")
+                raise ValueError(f"{folder} is of other settings; move it away, or take another --runs.")
             continue
-        began = time.perf_counter()
+        began = time.process_time()
         learners = learners or Learners(name, data_of(size, runs, task))
         result = run(learners, seed)
         params = result.pop("weights")
         if name == "StateSpaceModel":
             result["oracle"] = oracle_errors(learners.data, name, params, seed)
             result["told"] = told_errors(learners.data, name, seed)
-        result["seconds"] = time.perf_counter() - began
+        result["cpu seconds"] = time.process_time() - began
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(folder, seed, {"settings": about, "result": result}, keep=1)
         told.append(f"seed {seed}")
@@ -158,10 +167,10 @@ def results_of(size: Size, runs: Path, seeds: int, tasks: tuple[str, ...], names
     return results
 
 
-def hours_of(results: dict[str, Any]) -> float:
-    """Of all trainings, those of earlier calls with them; of one core, as every process has one thread."""
+def cpu_hours_of(results: dict[str, Any]) -> float:
+    """Of all trainings, those of earlier calls with them; without the processes in which TorchInductor compiles."""
     every = (one for of_task in results.values() for runs in of_task["models"].values() for one in runs)
-    return sum(one["seconds"] for one in every) / 3600
+    return sum(one["cpu seconds"] for one in every) / 3600
 
 
 def main(arguments: Arguments) -> None:
@@ -173,18 +182,21 @@ def main(arguments: Arguments) -> None:
         raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
     runs = arguments.runs / arguments.size
     jobs = [(task, name) for task in tasks for name in names]
-    with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-        list(pool.imap_unordered(partial(prepare, size, runs), tasks))  # before any model asks for them
-        with tqdm(total=len(jobs), desc="models", file=sys.stdout) as bar:
-            for told in pool.imap_unordered(partial(make, size, runs, seeds), jobs):
-                bar.write(told)
-                bar.update()
+    try:
+        with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+            list(pool.imap_unordered(partial(prepare, size, runs), tasks))  # before any model asks for them
+            with tqdm(total=len(jobs), desc="models", file=sys.stdout) as bar:
+                for told in pool.imap_unordered(partial(make, size, runs, seeds), jobs):
+                    bar.write(told)
+                    bar.update()
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     results = results_of(size, runs, seeds, tasks, names)
     figures = {
         "report": report(results),
         "size": asdict(size),
         "seeds": seeds,
-        "core hours": hours_of(results),
+        "cpu hours": cpu_hours_of(results),
         "command": " ".join(["python benchmarks/serious_benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -194,7 +206,7 @@ def main(arguments: Arguments) -> None:
     arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
     plot(figures["report"], arguments.out.with_suffix(".png"))
     print(table(figures["report"]))
-    print(f"\nwrote {arguments.out}, of {figures['core hours']:.2f} hours of trainings")
+    print(f"\nwrote {arguments.out}, of {figures['cpu hours']:.2f} hours of trainings")
 
 
 if __name__ == "__main__":

@@ -39,16 +39,14 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "DiagonalSSM": lambda inputs, outputs: DiagonalSSM(32, inputs, outputs, hidden_dim=64),
 }
 """Of about as many weights each."""
+GAIN = "gain"
+"""The name that `WithInputGains` gives its gains."""
 
 
 def made(name: str, data: Data) -> nn.Module:
     """A model of this name; where actuators may be dead, with a gain for every one of them, (A,), of 1 at first."""
     model = MODELS[name](data.inputs, data.outputs)
     return WithInputGains(model, len(data.no_action), data.no_action) if data.dead_actuators else model
-
-
-GAIN = "gain"
-"""The name that `WithInputGains` gives its gains."""
 
 
 def one_step(model: nn.Module, params: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -84,6 +82,37 @@ def trained(
     return 1000 * statistics.median(times), megabytes
 
 
+class Steps(NamedTuple):
+    """Rates of gradient steps that were not meta-trained."""
+
+    rate: float
+    """Of all weights; 0: they stay as they are."""
+    gain_rate: float
+    """Of the gains, where a model has them."""
+
+    def of(self, name: str) -> float:
+        """Of a tensor."""
+        return self.gain_rate if name == GAIN else self.rate
+
+
+def steps_to_choose_from(data: Data) -> list[Steps]:
+    """Every rate of the weights with every rate of the gains, if there are gains, and at least one of them above 0."""
+    if not data.dead_actuators:
+        return [Steps(rate, 0.0) for rate in data.size.rates]
+    pairs = [Steps(rate, gain_rate) for rate in (0.0, *data.size.rates) for gain_rate in (0.0, *data.size.gain_rates)]
+    return pairs[1:]
+
+
+def beginnings_of_maml(data: Data) -> list[Steps]:
+    """Those whose every tensor moves, the gains at the rate that the size has for them."""
+    return [Steps(rate, data.size.gain_rate) for rate in data.size.rates]
+
+
+def rates_of(steps: Steps, params: Any) -> dict[str, Tensor]:
+    """Of the tensors that move."""
+    return {name: torch.full((), steps.of(name)) for name in params if steps.of(name) > 0}
+
+
 class Learners:
     """The two trainings of a model, whose compiled updates serve all seeds."""
 
@@ -112,12 +141,12 @@ class Learners:
         torch.manual_seed(seed)
         self.model.load_state_dict(made(self.name, self.data).state_dict())
 
-    def go_on_from(self, params: dict[str, Tensor], rate: float) -> None:
-        """MAML begins with these weights and this rate of every tensor, the gains apart, which have their own."""
+    def go_on_from(self, params: dict[str, Tensor], steps: Steps) -> None:
+        """MAML begins with these weights, and with the rates of such steps."""
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(params[name])
-                self.rates[name].fill_(self.data.size.gain_rate if name == GAIN else rate)
+                self.rates[name].fill_(steps.of(name))
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the weights and of the rates."""
@@ -131,13 +160,22 @@ def descent(rates: Any) -> Any:
 
 
 def adapted(model: nn.Module, params: Any, rates: Any, steps: int, x: Tensor, y: Tensor) -> Any:
-    """Weights of every system, (N, ...), after K steps on windows (N, B, L, ...)."""
+    """Weights of every system, (N, ...), after K steps on windows (N, B, L, ...), of those tensors that have rates."""
+    moving = {name: params[name] for name in rates}
+
+    def loss(moving: Any, x: Tensor, y: Tensor) -> Tensor:
+        return one_step(model, {**params, **moving}, x, y)
 
     def of_one(x: Tensor, y: Tensor) -> Any:
-        return adapt(partial(one_step, model), params, x, y, optimizer=descent(rates), num_steps=steps).params
+        return adapt(loss, moving, x, y, optimizer=descent(rates), num_steps=steps).params
 
     with torch.no_grad():
-        return vmap(of_one)(x, y)
+        return {**alike(params, len(x)), **vmap(of_one)(x, y)}
+
+
+def alike(params: Any, number: int) -> dict[str, Tensor]:
+    """The same weights for every system, (N, ...)."""
+    return {name: p.expand(number, *p.shape) for name, p in params.items()}
 
 
 @torch.no_grad()
@@ -179,34 +217,17 @@ def finite(found: Tensor) -> list[list[float]]:
     return kept
 
 
-class Way(NamedTuple):
-    """Of adapting without meta-training."""
-
-    gains_alone: bool
-    rate: float
-
-
-def ways_to_adapt(data: Data) -> list[Way]:
-    """All weights at every rate, and where models have gains, these alone."""
-    return [Way(alone, rate) for alone in (False, True)[: 1 + data.dead_actuators] for rate in data.size.rates]
-
-
-def rates_of(way: Way, params: Any) -> dict[str, Tensor]:
-    """Of every tensor."""
-    return {name: torch.full((), 0.0 if way.gains_alone and name != GAIN else way.rate) for name in params}
-
-
-def best_way(model: nn.Module, data: Data, params: Any, ways: list[Way]) -> Way:
-    """The one with the lowest error after adaptation.
+def best_steps(model: nn.Module, data: Data, params: Any, choices: list[Steps]) -> Steps:
+    """The ones with the lowest error after adaptation.
 
     It is the median over systems that are held out of the training, five steps ahead.
     """
     support_x, support_y, *_ = data.tested(data.held_out)
     medians = []
-    for way in ways:
-        after = adapted(model, params, rates_of(way, params), data.size.inner_steps, support_x, support_y)
+    for steps in choices:
+        after = adapted(model, params, rates_of(steps, params), data.size.inner_steps, support_x, support_y)
         medians.append(statistics.median(errors(model, data, after, data.held_out, data.size.context)[1]))
-    return ways[medians.index(min(medians))]
+    return choices[medians.index(min(medians))]
 
 
 def run(learners: Learners, seed: int) -> dict[str, Any]:
@@ -214,15 +235,13 @@ def run(learners: Learners, seed: int) -> dict[str, Any]:
 
     They share their first part, in which a model learns from all systems at once; then one of them goes on with that,
     and the other one with MAML, from the rate of adaptation that suits the model best by then. The one that goes on is
-    adapted in the way that is best on the systems held out; what all other ways had given is there, too.
+    adapted by the steps that are best on the systems held out; what all others had given is there, too.
     """
     data, model, size = learners.data, learners.model, learners.data.size
     support_x, support_y, *_ = data.tested(data.test)
-    number = len(data.test.action)
 
     def before(params: Any) -> list[list[float]]:
-        alike = {name: p.expand(number, *p.shape) for name, p in params.items()}
-        return errors(model, data, alike, data.test, size.context)
+        return errors(model, data, alike(params, len(support_x)), data.test, size.context)
 
     def after(params: Any, rates: Any) -> list[list[float]]:
         of_each = adapted(model, params, rates, size.inner_steps, support_x, support_y)
@@ -235,17 +254,16 @@ def run(learners: Learners, seed: int) -> dict[str, Any]:
 
     cost = trained(learners.joint, data, range(shared, total), total, stream(seed, 1), size.joint_windows)
     params, _ = learners.weights()
-    ways = ways_to_adapt(data)
-    way = best_way(model, data, params, ways)
-    of_ways = [after(params, rates_of(one, params)) for one in ways]
-    joint = {"before": before(params), "after": of_ways[ways.index(way)], "left out": learners.joint.left_out}
-    joint |= {"way": way._asdict(), "after, any way": of_ways}
+    choices = steps_to_choose_from(data)
+    chosen = best_steps(model, data, params, choices)
+    of_each = [after(params, rates_of(steps, params)) for steps in choices]
+    joint = {"before": before(params), "after": of_each[choices.index(chosen)], "left out": learners.joint.left_out}
+    joint |= {"steps": chosen._asdict(), "after, any steps": of_each}
     joint |= {"milliseconds": cost[0], "megabytes": cost[1]}
 
-    all_weights = [one for one in ways if not one.gains_alone]
-    learners.go_on_from(shared_params, best_way(model, data, shared_params, all_weights).rate)
+    learners.go_on_from(shared_params, best_steps(model, data, shared_params, beginnings_of_maml(data)))
     cost = trained(learners.maml, data, range(size.updates), size.updates, stream(seed, 2))
     meta, rates = learners.weights()
     maml = {"before": before(meta), "after": after(meta, rates), "left out": learners.maml.left_out}
-    maml |= {"milliseconds": cost[0], "megabytes": cost[1]}
+    maml |= {"milliseconds": cost[0], "megabytes": cost[1], "rates": {name: float(r) for name, r in rates.items()}}
     return {"parameters": sum(p.numel() for p in params.values()), "maml": maml, "joint": joint, "weights": params}

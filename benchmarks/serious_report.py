@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from serious_models import LARGEST
+from serious_models import GAIN, LARGEST
 from serious_tasks import HORIZONS
 from torch import Tensor
 
@@ -29,7 +29,7 @@ WAYS = {
     "(c) all systems": ("joint", "before"),
 }
 ADAPTED, BOTH, ALONE = "(a) MAML, adapted", "(b) all systems, adapted", "(c) all systems"
-HINDSIGHT = "(b) in the best way for the test"
+HINDSIGHT = "(b) by the best steps"
 PRIVILEGED = ("oracle", "told")
 
 
@@ -59,7 +59,7 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
         privileged: dict[str, Any] = dict.fromkeys(PRIVILEGED)
         for name, runs in of_task["models"].items():
             scores = {way: of_seeds([one[which][when] for one in runs]) for way, (which, when) in WAYS.items()}
-            scores[HINDSIGHT] = of_seeds([one["joint"]["after, any way"] for one in runs]).amin(1)
+            scores[HINDSIGHT] = of_seeds([one["joint"]["after, any steps"] for one in runs]).amin(1)
             ahead = {other: interval(scores[other] - scores[ADAPTED]) for other in (BOTH, ALONE, HINDSIGHT)}
             of_models[name] = {
                 "errors": {way: interval(of_way) for way, of_way in scores.items()},
@@ -73,9 +73,10 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
                 "parameters": runs[0]["parameters"],
                 "milliseconds of a meta-update": statistics.median(one["maml"]["milliseconds"] for one in runs),
                 "megabytes of a meta-update": median_of([one["maml"]["megabytes"] for one in runs]),
-                "ways of (b)": [one["joint"]["way"] for one in runs],
+                "steps of (b)": [one["joint"]["steps"] for one in runs],
+                "gain rates of (a)": [one["maml"]["rates"].get(GAIN) for one in runs],
                 "left out": [[one[which]["left out"] for which in ("maml", "joint")] for one in runs],
-                "seconds": [one["seconds"] for one in runs],
+                "cpu seconds": [one["cpu seconds"] for one in runs],
             }
             if all(way in one for one in runs for way in PRIVILEGED):
                 of_ways = {way: of_seeds([one[way] for one in runs]) for way in PRIVILEGED}
@@ -111,11 +112,11 @@ def share(before: Tensor, after: Tensor, best: Tensor) -> list[list[float] | Non
 def table(found: dict[str, Any]) -> str:
     lines = []
     for task, of_task in found.items():
-        lines.append(f"\n{task:34}" + "".join(f"{f'{h} ahead':>28}" for h in HORIZONS))
-        lines.append(f"{'persistence':34}" + "".join(f"{value:>28.3f}" for value in of_task["persistence"]))
+        lines.append(f"\n{task:40}" + "".join(f"{f'{h} ahead':>28}" for h in HORIZONS))
+        lines.append(f"{'persistence':40}" + "".join(f"{value:>28.3f}" for value in of_task["persistence"]))
         for way in PRIVILEGED:
             if of_task[way] is not None:
-                lines.append(f"{way:34}" + "".join(f"{cell(value):>28}" for value in of_task[way]))
+                lines.append(f"{way:40}" + "".join(f"{cell(value):>28}" for value in of_task[way]))
         for name, of_model in of_task["models"].items():
             for way, errors in of_model["errors"].items():
                 mark = "*" if way == ADAPTED else " "
@@ -123,7 +124,7 @@ def table(found: dict[str, Any]) -> str:
                     cell(value) + (mark if of_model["ahead of (b) and (c)"][h] else " ")
                     for h, value in enumerate(errors)
                 )
-                lines.append(f"{f'{name} {way}':34.34}" + "".join(f"{c:>28}" for c in cells))
+                lines.append(f"{f'{name} {way}':40.40}" + "".join(f"{c:>28}" for c in cells))
     return "\n".join([*lines, "", "* below (b) and (c) of the same model, by more than the interval of the difference"])
 
 
