@@ -7,7 +7,7 @@ never met: with physics in the range of the training, outside of it, and with ph
 Beside it are the planner on the true physics, the same model without adaptation, the model before meta-training, which
 knows the physics by its hidden state alone, and that model with the same gradient steps.
 
-    python examples/adaptive_control.py               # some ten minutes on two cores
+    python examples/adaptive_control.py               # minutes, on two cores
     python examples/adaptive_control.py --resume      # go on with a run that was stopped
     python examples/adaptive_control.py --size tiny
 """

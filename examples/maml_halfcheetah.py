@@ -119,7 +119,7 @@ class Arguments:
     threads: int = 2
     """Of the physics and the gradients."""
     compile: bool = True
-    """Compile the meta-gradient: half a minute once, and half of its time after that."""
+    """Compile the meta-gradient, once, and take less time after that."""
     save_every: int = 50
     """Iterations between two checkpoints, which --resume goes on from."""
     resume: bool = False
