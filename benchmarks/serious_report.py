@@ -72,7 +72,7 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
                 },
                 "parameters": runs[0]["parameters"],
                 "milliseconds of a meta-update": statistics.median(one["maml"]["milliseconds"] for one in runs),
-                "megabytes of a meta-update": median_of([one["maml"]["megabytes"] for one in runs]),
+                "megabytes of a meta-update": largest_of([one["maml"]["megabytes"] for one in runs]),
                 "steps of (b)": [one["joint"]["steps"] for one in runs],
                 "gain rates of (a)": [one["maml"]["rates"].get(GAIN) for one in runs],
                 "left out": [[one[which]["left out"] for which in ("maml", "joint")] for one in runs],
@@ -92,10 +92,9 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def median_of(values: list[float | None]) -> float | None:
+def largest_of(values: list[float | None]) -> float | None:
     """None where there is none."""
-    there = [value for value in values if value is not None]
-    return statistics.median(there) if there else None
+    return max((value for value in values if value is not None), default=None)
 
 
 def share(before: Tensor, after: Tensor, best: Tensor) -> list[list[float] | None]:
