@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from schedules import rate_at
 from serious_data import Data
-from serious_models import MODELS, errors, finite, made, one_step, scaled, stream
+from serious_models import MODELS, alike, errors, finite, made, one_step, scaled, stream
 from serious_tasks import HORIZONS, windows_at
 from torch import Tensor, nn
 from torch.func import vmap
@@ -36,7 +36,7 @@ def oracle_errors(data: Data, name: str, params: Any, seed: int) -> list[list[fl
     """
     size, number, length = data.size, len(data.test.action), data.size.query[1]
     model, generator = made(name, data), stream(seed, 3)
-    own = {name: p.detach().expand(number, *p.shape).clone().requires_grad_() for name, p in params.items()}
+    own = {name: p.detach().clone().requires_grad_() for name, p in alike(params, number).items()}
     optimizer = torch.optim.Adam(own.values())  # elementwise, so that systems do not know each other
     systems, last = torch.arange(number), data.test.action.shape[1] - 2
     held_out = [
@@ -115,6 +115,5 @@ def told_errors(data: Data, name: str, seed: int) -> list[list[float]]:
         mse_loss(told.model(tell(x, of_each, no_action).flatten(0, 1))[0], y.flatten(0, 1)).backward()
         torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()
-    number = len(data.test.action)
-    params = {name: p.detach().expand(number, *p.shape) for name, p in learned.items()}
+    params = alike(learned, len(data.test.action))
     return errors(told, data, {**params, "physics": data.test.physics}, data.test, size.context)

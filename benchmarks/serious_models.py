@@ -28,7 +28,7 @@ from ssmrl.core import WithInputGains, functional_forward
 from ssmrl.env_runner import derive_seed
 from ssmrl.meta_rl import NonFinite, dynamics_data, model_step, predict_open_loop
 
-__all__ = ["LARGEST", "MODELS", "Learners", "errors", "finite", "made", "one_step", "run", "scaled", "stream"]
+__all__ = ["LARGEST", "MODELS", "Learners", "alike", "errors", "finite", "made", "one_step", "run", "scaled", "stream"]
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "StateSpaceModel": lambda inputs, outputs: StateSpaceModel(64, inputs, outputs, hidden_dim=128),

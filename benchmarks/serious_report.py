@@ -58,17 +58,18 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
         of_models: dict[str, Any] = {}
         privileged: dict[str, Any] = dict.fromkeys(PRIVILEGED)
         for name, runs in of_task["models"].items():
-            scores = {way: of_seeds([one[which][when] for one in runs]) for way, (which, when) in WAYS.items()}
+            found_by = {way: [one[which][when] for one in runs] for way, (which, when) in WAYS.items()}
+            scores = {way: of_seeds(of_way) for way, of_way in found_by.items()}
             scores[HINDSIGHT] = of_seeds([one["joint"]["after, any steps"] for one in runs]).amin(1)
             ahead = {other: interval(scores[other] - scores[ADAPTED]) for other in (BOTH, ALONE, HINDSIGHT)}
             of_models[name] = {
                 "errors": {way: interval(of_way) for way, of_way in scores.items()},
-                "bootstrap": {w: bootstrap([one[which][when] for one in runs]) for w, (which, when) in WAYS.items()},
+                "bootstrap": {way: bootstrap(of_way) for way, of_way in found_by.items()},
                 "less than": ahead,
                 "ahead of (b) and (c)": [all(ahead[o][h][1] > 0 for o in (BOTH, ALONE)) for h in range(len(HORIZONS))],
                 "ran away": {
-                    way: sum(e >= LARGEST for one in runs for errors in one[which][when] for e in errors)
-                    for way, (which, when) in WAYS.items()
+                    way: sum(e >= LARGEST for of_seed in of_way for errors in of_seed for e in errors)
+                    for way, of_way in found_by.items()
                 },
                 "parameters": runs[0]["parameters"],
                 "milliseconds of a meta-update": statistics.median(one["maml"]["milliseconds"] for one in runs),
