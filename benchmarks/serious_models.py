@@ -28,7 +28,26 @@ from ssmrl.core import WithInputGains, functional_forward
 from ssmrl.env_runner import derive_seed
 from ssmrl.meta_rl import NonFinite, dynamics_data, model_step, predict_open_loop
 
-__all__ = ["LARGEST", "MODELS", "Learners", "alike", "errors", "finite", "made", "one_step", "run", "scaled", "stream"]
+__all__ = [
+    "GAIN",
+    "LARGEST",
+    "MODELS",
+    "Learners",
+    "after_steps",
+    "alike",
+    "before_steps",
+    "beginnings_of_maml",
+    "best_steps",
+    "errors",
+    "finite",
+    "made",
+    "one_step",
+    "run",
+    "scaled",
+    "shared_part",
+    "stream",
+    "trained",
+]
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "StateSpaceModel": lambda inputs, outputs: StateSpaceModel(64, inputs, outputs, hidden_dim=128),
@@ -230,6 +249,27 @@ def best_steps(model: nn.Module, data: Data, params: Any, choices: list[Steps]) 
     return choices[medians.index(min(medians))]
 
 
+def before_steps(model: nn.Module, data: Data, params: Any) -> list[list[float]]:
+    """Errors on the systems of the test, as `errors` gives them, without adaptation."""
+    return errors(model, data, alike(params, len(data.test.action)), data.test, data.size.context)
+
+
+def after_steps(model: nn.Module, data: Data, params: Any, rates: Any) -> list[list[float]]:
+    """Those after adaptation to every system."""
+    support_x, support_y, *_ = data.tested(data.test)
+    of_each = adapted(model, params, rates, data.size.inner_steps, support_x, support_y)
+    return errors(model, data, of_each, data.test, data.size.context)
+
+
+def shared_part(learners: Learners, seed: int) -> dict[str, Tensor]:
+    """The weights that both trainings go on from: new ones that have learned from all systems at once."""
+    data, size = learners.data, learners.data.size
+    learners.begin(seed)
+    trained(learners.joint, data, range(size.shared_updates), size.joint_updates, stream(seed, 0), size.joint_windows)
+    params, _ = learners.weights()
+    return params
+
+
 def run(learners: Learners, seed: int) -> dict[str, Any]:
     """Both trainings with a seed, and what they are worth on the systems of the test.
 
@@ -238,32 +278,22 @@ def run(learners: Learners, seed: int) -> dict[str, Any]:
     adapted by the steps that are best on the systems held out; what all others had given is there, too.
     """
     data, model, size = learners.data, learners.model, learners.data.size
-    support_x, support_y, *_ = data.tested(data.test)
+    shared_params = shared_part(learners, seed)
 
-    def before(params: Any) -> list[list[float]]:
-        return errors(model, data, alike(params, len(support_x)), data.test, size.context)
-
-    def after(params: Any, rates: Any) -> list[list[float]]:
-        of_each = adapted(model, params, rates, size.inner_steps, support_x, support_y)
-        return errors(model, data, of_each, data.test, size.context)
-
-    learners.begin(seed)
-    shared, total = size.shared_updates, size.joint_updates
-    trained(learners.joint, data, range(shared), total, stream(seed, 0), size.joint_windows)
-    shared_params, _ = learners.weights()
-
-    cost = trained(learners.joint, data, range(shared, total), total, stream(seed, 1), size.joint_windows)
+    rest, total = range(size.shared_updates, size.joint_updates), size.joint_updates
+    cost = trained(learners.joint, data, rest, total, stream(seed, 1), size.joint_windows)
     params, _ = learners.weights()
     choices = steps_to_choose_from(data)
     chosen = best_steps(model, data, params, choices)
-    of_each = [after(params, rates_of(steps, params)) for steps in choices]
-    joint = {"before": before(params), "after": of_each[choices.index(chosen)], "left out": learners.joint.left_out}
-    joint |= {"steps": chosen._asdict(), "after, any steps": of_each}
+    of_each = [after_steps(model, data, params, rates_of(steps, params)) for steps in choices]
+    joint = {"before": before_steps(model, data, params), "after": of_each[choices.index(chosen)]}
+    joint |= {"left out": learners.joint.left_out, "steps": chosen._asdict(), "after, any steps": of_each}
     joint |= {"milliseconds": cost[0], "megabytes": cost[1]}
 
     learners.go_on_from(shared_params, best_steps(model, data, shared_params, beginnings_of_maml(data)))
     cost = trained(learners.maml, data, range(size.updates), size.updates, stream(seed, 2))
     meta, rates = learners.weights()
-    maml = {"before": before(meta), "after": after(meta, rates), "left out": learners.maml.left_out}
-    maml |= {"milliseconds": cost[0], "megabytes": cost[1], "rates": {name: float(r) for name, r in rates.items()}}
+    maml = {"before": before_steps(model, data, meta), "after": after_steps(model, data, meta, rates)}
+    maml |= {"left out": learners.maml.left_out, "milliseconds": cost[0], "megabytes": cost[1]}
+    maml |= {"rates": {name: float(r) for name, r in rates.items()}}
     return {"parameters": sum(p.numel() for p in params.values()), "maml": maml, "joint": joint, "weights": params}

@@ -1,0 +1,145 @@
+"""What equal gradients cost MAML in `serious_benchmark.py`, where there is little to adapt to.
+
+There (a) makes updates of K + 1 gradients, (c) as many gradients in K + 1 times as many updates. From the same weights,
+with the same random numbers as (a), the state model is trained
+
+    by as many updates as (a) makes, on the same queries, without inner steps: what so few updates are worth alone;
+    by MAML with as many updates as (c) makes, of K + 1 times as many gradients: what (a) would be with more of them.
+
+Beside them are (a) and (c) of the same seeds, from what `serious_benchmark.py` saved.
+
+    python benchmarks/serious_updates.py --task all --seeds 5    # the table of the documentation
+    python benchmarks/serious_updates.py --size tiny             # after serious_benchmark.py --size tiny
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from serious_benchmark import SIZES, TINY, chosen, data_of, folder_of, settings
+from serious_data import Size
+from serious_models import (
+    Learners,
+    after_steps,
+    before_steps,
+    beginnings_of_maml,
+    best_steps,
+    shared_part,
+    stream,
+    trained,
+)
+from serious_report import cell, interval, of_seeds
+from serious_tasks import HORIZONS, TASKS
+
+import ssmrl
+from ssmrl.checkpoint import load_checkpoint
+
+MODEL = "StateSpaceModel"
+FEW, MANY = "as many updates as (a), without inner steps", "(a) with as many updates as (c)"
+SAVED = {"(a) MAML, adapted": ("maml", "after"), "(c) all systems": ("joint", "before")}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What equal gradients cost MAML."""
+
+    task: tuple[str, ...] = ()
+    """Of TASKS in serious_tasks.py, or all, which is the default."""
+    seeds: int | None = None
+    """From 0 on, of which serious_benchmark.py has results; None: 5."""
+    size: Literal["tiny", "default"] = "default"
+    jobs: int = os.cpu_count() or 1
+    """Processes at a time, of one thread each; one takes a task, with all seeds."""
+    runs: Path = Path("output/serious")
+    """Folder in which serious_benchmark.py saved data and results."""
+    out: Path = Path("output/serious_updates.json")
+    """File for the figures."""
+
+
+def saved(size: Size, runs: Path, task: str, seed: int) -> dict[str, Any]:
+    """What `serious_benchmark.py` has of a seed."""
+    folder = folder_of(runs, task, MODEL, seed)
+    found = load_checkpoint(folder)
+    if found is None or found.state["settings"] != settings(size, task, MODEL):
+        raise ValueError(f"{folder} must have a result of these settings; run serious_benchmark.py for {task} before.")
+    result: dict[str, Any] = found.state["result"]
+    return result
+
+
+def of_seed(learners: Learners, seed: int) -> dict[str, list[list[float]]]:
+    """Errors of both trainings, (len(HORIZONS), N)."""
+    data, model, updates = learners.data, learners.model, learners.data.size.updates
+    shared = shared_part(learners, seed)
+    steps = best_steps(model, data, shared, beginnings_of_maml(data))
+
+    learners.begin(seed)
+    learners.go_on_from(shared, steps)
+    trained(learners.joint, data, range(updates), updates, stream(seed, 2))
+    few = before_steps(model, data, learners.weights()[0])
+
+    learners.begin(seed)
+    learners.go_on_from(shared, steps)
+    more = (1 + data.size.inner_steps) * updates
+    trained(learners.maml, data, range(more), more, stream(seed, 2))
+    return {FEW: few, MANY: after_steps(model, data, *learners.weights())}
+
+
+def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, Any]]:
+    """Intervals of all ways on a task; in a process of its own."""
+    torch.set_num_threads(1)
+    before = [saved(size, runs, task, seed) for seed in range(seeds)]
+    learners = Learners(MODEL, data_of(size, runs, task))
+    found = [of_seed(learners, seed) for seed in range(seeds)]
+    errors = {way: of_seeds([one[which][when] for one in before]) for way, (which, when) in SAVED.items()}
+    errors |= {way: of_seeds([one[way] for one in found]) for way in (FEW, MANY)}
+    alone = errors["(c) all systems"]
+    return task, {
+        "errors": {way: interval(of_way) for way, of_way in errors.items()},
+        "relative to (c)": {way: interval(of_way / alone) for way, of_way in errors.items()},
+    }
+
+
+def main(arguments: Arguments) -> None:
+    size, tiny = SIZES[arguments.size], arguments.size == "tiny"
+    tasks = chosen(arguments.task, TASKS, TINY["tasks"] if tiny else tuple(TASKS), "task")
+    seeds = (TINY["seeds"] if tiny else 5) if arguments.seeds is None else arguments.seeds
+    if seeds < 2 or arguments.jobs < 1:
+        raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
+    runs = arguments.runs / arguments.size
+    found: dict[str, Any] = {}
+    try:
+        with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+            for task, of_task in pool.imap(partial(make, size, runs, seeds), tasks):
+                found[task] = of_task
+                print(f"\n{task:48}" + "".join(f"{f'{h} ahead':>28}" for h in HORIZONS))
+                for way, values in of_task["errors"].items():
+                    print(f"{way:48}" + "".join(f"{cell(value):>28}" for value in values))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    figures = {
+        "report": found,
+        "updates": {"(a)": size.updates, "(c)": (1 + size.inner_steps) * size.updates},
+        "seeds": seeds,
+        "command": " ".join(["python benchmarks/serious_updates.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\nwrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

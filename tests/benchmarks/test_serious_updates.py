@@ -1,0 +1,61 @@
+"""What equal gradients cost MAML: one beginning and the same queries for both trainings, beside what is saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("mujoco")
+
+
+@pytest.fixture(scope="module")
+def benchmark(import_benchmark):
+    for name in ("serious_tasks", "serious_models", "serious_controls"):
+        import_benchmark(name)
+    return import_benchmark("serious_benchmark")
+
+
+@pytest.fixture(scope="module")
+def updates(import_benchmark, benchmark):
+    return import_benchmark("serious_updates")
+
+
+def test_the_trainings_differ_in_inner_steps_and_in_the_number_of_updates(updates, benchmark, tmp_path, monkeypatch):
+    size = benchmark.SIZES["tiny"]
+    learners = updates.Learners(updates.MODEL, benchmark.data_of(size, tmp_path, "halfcheetah-gravity"))
+    calls = []
+
+    def trained(learner, data, made, total, generator, windows=None):
+        calls.append((learner, made, total, windows, generator.get_state(), learners.weights()))
+
+    monkeypatch.setattr(updates, "trained", trained)
+    found = updates.of_seed(learners, 3)
+    (few, made, total, windows, random, (weights, _)), (many, *more, again) = calls
+    assert (few.inner_steps, made, total, windows) == (0, range(2), 2, None)
+    assert (many.inner_steps, *more[:3]) == (3, range(8), 8, None)
+    torch.testing.assert_close(again[0], weights, rtol=0, atol=0)  # where both begin
+    assert torch.equal(random, more[3])
+    assert set(found) == {updates.FEW, updates.MANY}
+    assert found[updates.FEW] != found[updates.MANY]  # of which only the one adapts
+
+
+def test_what_is_saved_stands_beside_them(updates, benchmark, tmp_path):
+    about = {"task": ("halfcheetah-gravity",), "size": "tiny", "jobs": 1, "runs": tmp_path / "runs"}
+    arguments = updates.Arguments(**about, out=tmp_path / "updates.json")
+    with pytest.raises(SystemExit, match=r"StateSpaceModel-0 must have a result .* run serious_benchmark.py"):
+        updates.main(arguments)
+    given = benchmark.Arguments(**about, method=(updates.MODEL,), out=tmp_path / "serious.json")
+    benchmark.main(given)
+    updates.main(arguments)
+    of_model = json.loads(given.out.read_text())["report"]["halfcheetah-gravity"]["models"][updates.MODEL]
+    figures = json.loads(arguments.out.read_text())
+    assert figures["updates"] == {"(a)": 2, "(c)": 8}
+    found = figures["report"]["halfcheetah-gravity"]
+    for way in ("(a) MAML, adapted", "(c) all systems"):
+        assert found["errors"][way] == of_model["errors"][way]
+    assert found["relative to (c)"]["(c) all systems"][0] == pytest.approx([1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="of these settings"):
+        updates.saved(replace(benchmark.SIZES["tiny"], updates=3), tmp_path / "runs" / "tiny", "halfcheetah-gravity", 0)
