@@ -10,6 +10,8 @@ Beside them are (a) and (c) of the same seeds, from what `serious_benchmark.py` 
 
     python benchmarks/serious_updates.py --task all --seeds 5    # the table of the documentation
     python benchmarks/serious_updates.py --size tiny             # after serious_benchmark.py --size tiny
+
+What is finished is saved, and not made again.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from serious_report import cell, interval, of_seeds
 from serious_tasks import HORIZONS, TASKS
 
 import ssmrl
-from ssmrl.checkpoint import load_checkpoint
+from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 
 MODEL = "StateSpaceModel"
 FEW, MANY = "as many updates as (a), without inner steps", "(a) with as many updates as (c)"
@@ -99,8 +101,19 @@ def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, 
     """Intervals of all ways on a task; in a process of its own."""
     torch.set_num_threads(1)
     before = [saved(size, runs, task, seed) for seed in range(seeds)]
-    learners = Learners(MODEL, data_of(size, runs, task))
-    found = [of_seed(learners, seed) for seed in range(seeds)]
+    found, learners = [], None
+    for seed in range(seeds):
+        folder = runs / "updates" / f"{task}-{seed}"
+        kept = load_checkpoint(folder)
+        if kept is None:
+            learners = learners or Learners(MODEL, data_of(size, runs, task))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(folder, seed, {"settings": settings(size, task, MODEL), "errors": of_seed(learners, seed)})
+            kept = load_checkpoint(folder)
+            assert kept is not None
+        if kept.state["settings"] != settings(size, task, MODEL):
+            raise ValueError(f"{folder} is of other settings; move it away, or take another --runs.")
+        found.append(kept.state["errors"])
     errors = {way: of_seeds([one[which][when] for one in before]) for way, (which, when) in SAVED.items()}
     errors |= {way: of_seeds([one[way] for one in found]) for way in (FEW, MANY)}
     alone = errors["(c) all systems"]

@@ -42,7 +42,7 @@ def test_the_trainings_differ_in_inner_steps_and_in_the_number_of_updates(update
     assert found[updates.FEW] != found[updates.MANY]  # of which only the one adapts
 
 
-def test_what_is_saved_stands_beside_them(updates, benchmark, tmp_path):
+def test_what_is_saved_stands_beside_them(updates, benchmark, tmp_path, monkeypatch):
     about = {"task": ("halfcheetah-gravity",), "size": "tiny", "jobs": 1, "runs": tmp_path / "runs"}
     arguments = updates.Arguments(**about, out=tmp_path / "updates.json")
     with pytest.raises(SystemExit, match=r"StateSpaceModel-0 must have a result .* run serious_benchmark.py"):
@@ -57,5 +57,8 @@ def test_what_is_saved_stands_beside_them(updates, benchmark, tmp_path):
     for way in ("(a) MAML, adapted", "(c) all systems"):
         assert found["errors"][way] == of_model["errors"][way]
     assert found["relative to (c)"]["(c) all systems"][0] == pytest.approx([1.0, 1.0, 1.0])
+    monkeypatch.setattr(updates, "of_seed", None)  # nothing is made again
+    updates.main(arguments)
+    assert json.loads(arguments.out.read_text())["report"] == figures["report"]
     with pytest.raises(ValueError, match="of these settings"):
         updates.saved(replace(benchmark.SIZES["tiny"], updates=3), tmp_path / "runs" / "tiny", "halfcheetah-gravity", 0)
