@@ -1,12 +1,10 @@
 """What equal gradients cost MAML in `serious_benchmark.py`, where there is little to adapt to.
 
-There (a) makes updates of K + 1 gradients, (c) as many gradients in K + 1 times as many updates. From the same weights,
-with the same random numbers as (a), the state model is trained
-
-    by as many updates as (a) makes, on the same queries, without inner steps: what so few updates are worth alone;
-    by MAML with as many updates as (c) makes, of K + 1 times as many gradients: what (a) would be with more of them.
-
-Beside them are (a) and (c) of the same seeds, from what `serious_benchmark.py` saved.
+There (a) makes updates of K + 1 gradients, and (c) gets as many gradients in K + 1 times as many updates. Here the
+state model goes on from the weights that both begin their second half with, by MAML or without inner steps, and by
+either number of updates, with the random numbers, queries and outer rates of (a). MAML with few updates is (a); many
+without inner steps are not quite (c), whose rates do not rise once more, and whose batches are larger. (a) and (c) of
+the same seeds stand beside them, from what `serious_benchmark.py` saved.
 
     python benchmarks/serious_updates.py --task all --seeds 5    # the table of the documentation
     python benchmarks/serious_updates.py --size tiny             # after serious_benchmark.py --size tiny
@@ -48,8 +46,9 @@ import ssmrl
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 
 MODEL = "StateSpaceModel"
-FEW, MANY = "as many updates as (a), without inner steps", "(a) with as many updates as (c)"
-SAVED = {"(a) MAML, adapted": ("maml", "after"), "(c) all systems": ("joint", "before")}
+MAML_FEW, MAML_MANY = "(a) MAML, adapted", "MAML, many updates"
+NONE_FEW, NONE_MANY = "no inner steps, few updates", "no inner steps, many updates"
+SAVED = {MAML_FEW: ("maml", "after"), "(c) all systems": ("joint", "before")}
 
 
 @dataclass(frozen=True)
@@ -79,22 +78,24 @@ def saved(size: Size, runs: Path, task: str, seed: int) -> dict[str, Any]:
     return result
 
 
+def updates_of(size: Size) -> dict[str, int]:
+    """Of the second half of a training: as many as (a) makes, and as many as (c)."""
+    return {"few": size.updates, "many": size.joint_updates - size.shared_updates}
+
+
 def of_seed(learners: Learners, seed: int) -> dict[str, list[list[float]]]:
-    """Errors of both trainings, (len(HORIZONS), N)."""
-    data, model, updates = learners.data, learners.model, learners.data.size.updates
+    """Errors of three trainings, (len(HORIZONS), N)."""
+    data, model, found = learners.data, learners.model, {}
+    few, many = updates_of(data.size).values()
     shared = shared_part(learners, seed)
     steps = best_steps(model, data, shared, beginnings_of_maml(data))
-
-    learners.begin(seed)
-    learners.go_on_from(shared, steps)
-    trained(learners.joint, data, range(updates), updates, stream(seed, 2))
-    few = before_steps(model, data, learners.weights()[0])
-
-    learners.begin(seed)
-    learners.go_on_from(shared, steps)
-    more = (1 + data.size.inner_steps) * updates
-    trained(learners.maml, data, range(more), more, stream(seed, 2))
-    return {FEW: few, MANY: after_steps(model, data, *learners.weights())}
+    for way, (inner, updates) in {NONE_FEW: (False, few), NONE_MANY: (False, many), MAML_MANY: (True, many)}.items():
+        learners.begin(seed)
+        learners.go_on_from(shared, steps)
+        trained(learners.maml if inner else learners.joint, data, range(updates), updates, stream(seed, 2))
+        params, rates = learners.weights()
+        found[way] = after_steps(model, data, params, rates) if inner else before_steps(model, data, params)
+    return found
 
 
 def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, Any]]:
@@ -115,11 +116,13 @@ def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, 
             raise ValueError(f"{folder} is of other settings; move it away, or take another --runs.")
         found.append(kept.state["errors"])
     errors = {way: of_seeds([one[which][when] for one in before]) for way, (which, when) in SAVED.items()}
-    errors |= {way: of_seeds([one[way] for one in found]) for way in (FEW, MANY)}
-    alone = errors["(c) all systems"]
+    errors |= {way: of_seeds([one[way] for one in found]) for way in (NONE_FEW, NONE_MANY, MAML_MANY)}
+    pairs = {"few updates": (MAML_FEW, NONE_FEW), "many updates": (MAML_MANY, NONE_MANY)}
     return task, {
         "errors": {way: interval(of_way) for way, of_way in errors.items()},
-        "relative to (c)": {way: interval(of_way / alone) for way, of_way in errors.items()},
+        "MAML, relative to no inner steps": {
+            updates: interval(errors[maml] / errors[none]) for updates, (maml, none) in pairs.items()
+        },
     }
 
 
@@ -142,7 +145,7 @@ def main(arguments: Arguments) -> None:
         raise SystemExit(str(error)) from error
     figures = {
         "report": found,
-        "updates": {"(a)": size.updates, "(c)": (1 + size.inner_steps) * size.updates},
+        "updates": updates_of(size),
         "seeds": seeds,
         "command": " ".join(["python benchmarks/serious_updates.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
