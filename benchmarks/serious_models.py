@@ -42,9 +42,11 @@ __all__ = [
     "finite",
     "made",
     "one_step",
+    "rates_of",
     "run",
     "scaled",
     "shared_part",
+    "steps_to_choose_from",
     "stream",
     "trained",
 ]

@@ -35,7 +35,9 @@ from serious_models import (
     before_steps,
     beginnings_of_maml,
     best_steps,
+    rates_of,
     shared_part,
+    steps_to_choose_from,
     stream,
     trained,
 )
@@ -46,9 +48,15 @@ import ssmrl
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 
 MODEL = "StateSpaceModel"
-MAML_FEW, MAML_MANY = "(a) MAML, adapted", "MAML, many updates"
+MAML_FEW, MAML_MANY = "(a) MAML", "MAML, many updates"
 NONE_FEW, NONE_MANY = "no inner steps, few updates", "no inner steps, many updates"
-SAVED = {MAML_FEW: ("maml", "after"), "(c) all systems": ("joint", "before")}
+ADAPTED = ", adapted"
+"""Of these, too, as (b) is, by the steps that are best on the systems held out."""
+SAVED = {
+    MAML_FEW + ADAPTED: ("maml", "after"),
+    "(b) all systems" + ADAPTED: ("joint", "after"),
+    "(c) all systems": ("joint", "before"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def updates_of(size: Size) -> dict[str, int]:
 
 
 def of_seed(learners: Learners, seed: int) -> dict[str, list[list[float]]]:
-    """Errors of three trainings, (len(HORIZONS), N)."""
+    """Errors of three trainings, two of them before adaptation, too; (len(HORIZONS), N)."""
     data, model, found = learners.data, learners.model, {}
     few, many = updates_of(data.size).values()
     shared = shared_part(learners, seed)
@@ -94,7 +102,10 @@ def of_seed(learners: Learners, seed: int) -> dict[str, list[list[float]]]:
         learners.go_on_from(shared, steps)
         trained(learners.maml if inner else learners.joint, data, range(updates), updates, stream(seed, 2))
         params, rates = learners.weights()
-        found[way] = after_steps(model, data, params, rates) if inner else before_steps(model, data, params)
+        if not inner:
+            found[way] = before_steps(model, data, params)
+            rates = rates_of(best_steps(model, data, params, steps_to_choose_from(data)), params)
+        found[way + ADAPTED] = after_steps(model, data, params, rates)
     return found
 
 
@@ -116,14 +127,13 @@ def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, 
             raise ValueError(f"{folder} is of other settings; move it away, or take another --runs.")
         found.append(kept.state["errors"])
     errors = {way: of_seeds([one[which][when] for one in before]) for way, (which, when) in SAVED.items()}
-    errors |= {way: of_seeds([one[way] for one in found]) for way in (NONE_FEW, NONE_MANY, MAML_MANY)}
-    pairs = {"few updates": (MAML_FEW, NONE_FEW), "many updates": (MAML_MANY, NONE_MANY)}
-    return task, {
-        "errors": {way: interval(of_way) for way, of_way in errors.items()},
-        "MAML, relative to no inner steps": {
-            updates: interval(errors[maml] / errors[none]) for updates, (maml, none) in pairs.items()
-        },
+    errors |= {way: of_seeds([one[way] for one in found]) for way in found[0]}
+    ahead = {
+        f"{other}, to {maml}": interval(errors[other] / errors[maml + ADAPTED])
+        for maml, none in ((MAML_FEW, NONE_FEW), (MAML_MANY, NONE_MANY))
+        for other in (none, none + ADAPTED)
     }
+    return task, {"errors": {way: interval(of_way) for way, of_way in errors.items()}, "relative": ahead}
 
 
 def main(arguments: Arguments) -> None:
