@@ -5,6 +5,7 @@ Letters: R seeds, N systems.
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ssmrl.meta_rl import interquartile_mean, stratified_bootstrap, student_t_in
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 __all__ = ["plot", "report", "table"]
 
@@ -134,12 +136,17 @@ def cell(value: list[float]) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Errors of every model on every task, five steps ahead."""
-    h = HORIZONS.index(5)
-    figure, axes = plt.subplots(1, len(found), figsize=(2.6 * len(found) + 2, 4), squeeze=False, layout="constrained")
-    for axis, (task, of_task) in zip(axes[0], found.items(), strict=True):
+    h, columns = HORIZONS.index(5), min(len(found), 4)
+    rows = math.ceil(len(found) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(2.6 * columns + 2, 3.2 * rows + 1), squeeze=False, layout="constrained"
+    )
+    for axis in grid.flat[len(found) :]:
+        axis.axis("off")
+    for k, (axis, (task, of_task)) in enumerate(zip(grid.flat, found.items(), strict=False)):
         for n, way in enumerate(WAYS):
             values = [of_model["errors"][way][h] for of_model in of_task["models"].values()]
-            places = [k + 0.18 * (n - 1.5) for k in range(len(values))]
+            places = [m + 0.18 * (n - 1.5) for m in range(len(values))]
             error = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
             axis.errorbar([v[0] for v in values], places, xerr=error, fmt="o", ms=4, lw=1, label=way)
         axis.axvline(of_task["persistence"][h], color="0.7", ls=":", label="persistence")
@@ -147,10 +154,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
             if of_task[way] is not None:
                 axis.axvline(of_task[way][h][0], color=color, ls="--", lw=1, label=way)
         axis.set_xscale("log")
-        axis.set_yticks(range(len(of_task["models"])), of_task["models"] if axis is axes[0][0] else [])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_yticks(range(len(of_task["models"])), [] if k % columns else of_task["models"])
         axis.set_ylim(len(of_task["models"]) - 0.5, -0.5)
         axis.set_title(task, fontsize=9)
-    axes[0][0].set_xlabel("error, 5 steps ahead")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
+        if k + columns >= len(found):
+            axis.set_xlabel("error, 5 steps ahead")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, 2 * columns), fontsize=8)
     figure.savefig(path, dpi=100)
+    plt.close(figure)
