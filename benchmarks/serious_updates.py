@@ -3,8 +3,9 @@
 There (a) makes updates of K + 1 gradients, and (c) gets as many gradients in K + 1 times as many updates. Here the
 state model goes on from the weights that both begin their second half with, by MAML or without inner steps, and by
 either number of updates, with the random numbers, queries and outer rates of (a). MAML with few updates is (a); many
-without inner steps are not quite (c), whose rates do not rise once more, and whose batches are larger. (a) and (c) of
-the same seeds stand beside them, from what `serious_benchmark.py` saved.
+without inner steps are not quite (c), whose rates do not rise once more, and whose batches have more windows; of a
+system MAML sees those of the support, too. (a), (b) and (c) of the same seeds stand beside them, from what
+`serious_benchmark.py` saved.
 
     python benchmarks/serious_updates.py --task all --seeds 5    # the table of the documentation
     python benchmarks/serious_updates.py --size tiny             # after serious_benchmark.py --size tiny
@@ -52,6 +53,9 @@ MAML_FEW, MAML_MANY = "(a) MAML", "MAML, many updates"
 NONE_FEW, NONE_MANY = "no inner steps, few updates", "no inner steps, many updates"
 ADAPTED = ", adapted"
 """Of these, too, as (b) is, by the steps that are best on the systems held out."""
+NONE = (NONE_FEW, NONE_FEW + ADAPTED, NONE_MANY, NONE_MANY + ADAPTED)
+COMPARED = {MAML_FEW: NONE, MAML_MANY: NONE[2:]}
+"""Whose errors are given in units of MAML's: the first row at as many updates, and at as many gradients."""
 SAVED = {
     MAML_FEW + ADAPTED: ("maml", "after"),
     "(b) all systems" + ADAPTED: ("joint", "after"),
@@ -123,17 +127,21 @@ def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, 
             save_checkpoint(folder, seed, {"settings": settings(size, task, MODEL), "errors": of_seed(learners, seed)})
             kept = load_checkpoint(folder)
             assert kept is not None
-        if kept.state["settings"] != settings(size, task, MODEL):
+        if kept.state["settings"] != settings(size, task, MODEL) or set(kept.state["errors"]) != {
+            *NONE,
+            MAML_MANY + ADAPTED,
+        }:
             raise ValueError(f"{folder} is of other settings; move it away, or take another --runs.")
         found.append(kept.state["errors"])
     errors = {way: of_seeds([one[which][when] for one in before]) for way, (which, when) in SAVED.items()}
     errors |= {way: of_seeds([one[way] for one in found]) for way in found[0]}
-    ahead = {
-        f"{other}, to {maml}": interval(errors[other] / errors[maml + ADAPTED])
-        for maml, none in ((MAML_FEW, NONE_FEW), (MAML_MANY, NONE_MANY))
-        for other in (none, none + ADAPTED)
+    return task, {
+        "errors": {way: interval(of_way) for way, of_way in errors.items()},
+        "of MAML": {
+            maml: {other: interval(errors[other] / errors[maml + ADAPTED]) for other in others}
+            for maml, others in COMPARED.items()
+        },
     }
-    return task, {"errors": {way: interval(of_way) for way, of_way in errors.items()}, "relative": ahead}
 
 
 def main(arguments: Arguments) -> None:
