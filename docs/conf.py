@@ -24,7 +24,7 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # of a cell, on a busy machine too
 nb_render_markdown_format = "myst"
 exclude_patterns = ["_build", "jupyter_execute"]
 
