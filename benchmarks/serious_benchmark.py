@@ -95,6 +95,28 @@ def chosen(given: tuple[str, ...], known: Any, default: tuple[str, ...], option:
     return names
 
 
+def asked_for(arguments: Any) -> tuple[Size, tuple[str, ...], int, Path]:
+    """Size, tasks, number of seeds, and folder of that size, of a script with these options."""
+    tiny = arguments.size == "tiny"
+    tasks = chosen(arguments.task, TASKS, TINY["tasks"] if tiny else tuple(TASKS), "task")
+    seeds = (TINY["seeds"] if tiny else 5) if arguments.seeds is None else arguments.seeds
+    if seeds < 2 or arguments.jobs < 1:
+        raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
+    return SIZES[arguments.size], tasks, seeds, arguments.runs / arguments.size
+
+
+def write(figures: dict[str, Any], script: str, out: Path) -> None:
+    """Write figures, and what made them."""
+    made_by = {
+        "command": " ".join([f"python benchmarks/{script}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures | made_by, indent=1) + "\n")
+
+
 def data_of(size: Size, runs: Path, task: str) -> Data:
     train, test = collected(task, size.amount, runs / "data")
     return Data(size, train, test, dead_actuators=TASKS[task].dead_actuators)
@@ -174,13 +196,9 @@ def cpu_hours_of(results: dict[str, Any]) -> float:
 
 
 def main(arguments: Arguments) -> None:
-    size, tiny = SIZES[arguments.size], arguments.size == "tiny"
-    tasks = chosen(arguments.task, TASKS, TINY["tasks"] if tiny else tuple(TASKS), "task")
-    names = chosen(arguments.method, MODELS, TINY["methods"] if tiny else tuple(MODELS), "method")
-    seeds = (TINY["seeds"] if tiny else 5) if arguments.seeds is None else arguments.seeds
-    if seeds < 2 or arguments.jobs < 1:
-        raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
-    runs = arguments.runs / arguments.size
+    size, tasks, seeds, runs = asked_for(arguments)
+    default = TINY["methods"] if arguments.size == "tiny" else tuple(MODELS)
+    names = chosen(arguments.method, MODELS, default, "method")
     jobs = [(task, name) for task in tasks for name in names]
     try:
         with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
@@ -197,13 +215,8 @@ def main(arguments: Arguments) -> None:
         "size": asdict(size),
         "seeds": seeds,
         "cpu hours": cpu_hours_of(results),
-        "command": " ".join(["python benchmarks/serious_benchmark.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    write(figures, "serious_benchmark.py", arguments.out)
     plot(figures["report"], arguments.out.with_suffix(".png"))
     print(table(figures["report"]))
     print(f"\nwrote {arguments.out}, of {figures['cpu hours']:.2f} hours of trainings")

@@ -15,11 +15,7 @@ What is finished is saved, and not made again.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -28,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from serious_benchmark import SIZES, TINY, chosen, data_of, folder_of, settings
+from serious_benchmark import asked_for, data_of, folder_of, settings, write
 from serious_data import Size
 from serious_models import (
     Learners,
@@ -43,9 +39,8 @@ from serious_models import (
     trained,
 )
 from serious_report import cell, interval, of_seeds
-from serious_tasks import HORIZONS, TASKS
+from serious_tasks import HORIZONS
 
-import ssmrl
 from ssmrl.checkpoint import load_checkpoint, save_checkpoint
 
 MODEL = "StateSpaceModel"
@@ -54,6 +49,8 @@ NONE_FEW, NONE_MANY = "no inner steps, few updates", "no inner steps, many updat
 ADAPTED = ", adapted"
 """Of these, too, as (b) is, by the steps that are best on the systems held out."""
 NONE = (NONE_FEW, NONE_FEW + ADAPTED, NONE_MANY, NONE_MANY + ADAPTED)
+MADE = {*NONE, MAML_MANY + ADAPTED}
+"""What is made here of every seed."""
 COMPARED = {MAML_FEW: NONE, MAML_MANY: NONE[2:]}
 """Whose errors are given in units of MAML's: the first row at as many updates, and at as many gradients."""
 SAVED = {
@@ -117,20 +114,17 @@ def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, 
     """Intervals of all ways on a task; in a process of its own."""
     torch.set_num_threads(1)
     before = [saved(size, runs, task, seed) for seed in range(seeds)]
-    found, learners = [], None
+    found, learners, about = [], None, settings(size, task, MODEL)
     for seed in range(seeds):
         folder = runs / "updates" / f"{task}-{seed}"
         kept = load_checkpoint(folder)
         if kept is None:
             learners = learners or Learners(MODEL, data_of(size, runs, task))
             folder.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(folder, seed, {"settings": settings(size, task, MODEL), "errors": of_seed(learners, seed)})
+            save_checkpoint(folder, seed, {"settings": about, "errors": of_seed(learners, seed)})
             kept = load_checkpoint(folder)
             assert kept is not None
-        if kept.state["settings"] != settings(size, task, MODEL) or set(kept.state["errors"]) != {
-            *NONE,
-            MAML_MANY + ADAPTED,
-        }:
+        if kept.state["settings"] != about or set(kept.state["errors"]) != MADE:
             raise ValueError(f"{folder} is of other settings; move it away, or take another --runs.")
         found.append(kept.state["errors"])
     errors = {way: of_seeds([one[which][when] for one in before]) for way, (which, when) in SAVED.items()}
@@ -145,12 +139,7 @@ def make(size: Size, runs: Path, seeds: int, task: str) -> tuple[str, dict[str, 
 
 
 def main(arguments: Arguments) -> None:
-    size, tiny = SIZES[arguments.size], arguments.size == "tiny"
-    tasks = chosen(arguments.task, TASKS, TINY["tasks"] if tiny else tuple(TASKS), "task")
-    seeds = (TINY["seeds"] if tiny else 5) if arguments.seeds is None else arguments.seeds
-    if seeds < 2 or arguments.jobs < 1:
-        raise SystemExit(f"--seeds must be at least 2 and --jobs at least 1; got {seeds} and {arguments.jobs}.")
-    runs = arguments.runs / arguments.size
+    size, tasks, seeds, runs = asked_for(arguments)
     found: dict[str, Any] = {}
     try:
         with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
@@ -161,17 +150,7 @@ def main(arguments: Arguments) -> None:
                     print(f"{way:48}" + "".join(f"{cell(value):>28}" for value in values))
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    figures = {
-        "report": found,
-        "updates": updates_of(size),
-        "seeds": seeds,
-        "command": " ".join(["python benchmarks/serious_updates.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"ssmrl": ssmrl.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    write({"report": found, "updates": updates_of(size), "seeds": seeds}, "serious_updates.py", arguments.out)
     print(f"\nwrote {arguments.out}")
 
 
