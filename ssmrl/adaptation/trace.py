@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -72,10 +74,14 @@ def _compile(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...,
         if node.target is torch.ops.aten.pow.Scalar:
             _store(node)
     graph.recompile()
+    # The code is for a number of threads. What calls the kernels is built apart from them, without optimisation, which
+    # would take as long as theirs and gain nothing.
+    options: dict[str, Any] = {"cpp_wrapper": True, "cpp.threads": torch.get_num_threads()}
+    if hasattr(_inductor.config, "cpp_wrapper_build_separate"):
+        options["cpp_wrapper_build_separate"] = True
     try:
-        compiled: Callable[..., Any] = _inductor.compile(
-            graph, [leaf.detach() for leaf in leaves], options={"cpp_wrapper": True}
-        )
+        with _cached():
+            compiled: Callable[..., Any] = _inductor.compile(graph, [leaf.detach() for leaf in leaves], options=options)
     except Exception as error:
         if "InvalidCxxCompiler" in repr(error):
             raise RuntimeError(
@@ -83,6 +89,26 @@ def _compile(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...,
             ) from error
         raise
     return compiled
+
+
+@contextmanager
+def _cached() -> Iterator[None]:
+    """Within it TorchInductor keeps on disk what it compiles, and finds it again: it asks for guards of shapes first.
+
+    The operations of this library are names in a graph; so the library's version is part of the key.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.compiler import config
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy
+
+    tag = getattr(config, "cache_key_tag", None)
+    if tag is None:  # PyTorch 2.6
+        yield
+        return
+    shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with config.patch(cache_key_tag=f"{tag} ssmrl {version('ssmrl')}"), tracing(TracingContext(shapes)):  # type: ignore[attr-defined]
+        yield
 
 
 def _store(node: torch.fx.Node) -> None:

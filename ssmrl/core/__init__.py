@@ -2,7 +2,8 @@
 
 from ssmrl.core.base import StateModel, functional_forward
 from ssmrl.core.context import WithContext
-from ssmrl.core.diagonal import DiagonalSSM, diagonal_recurrence
+from ssmrl.core.diagonal import DiagonalSSM
+from ssmrl.core.diagonal_scan import diagonal_recurrence
 from ssmrl.core.gains import WithInputGains
 from ssmrl.core.gru import GRU
 from ssmrl.core.lstm import LSTM, LSTMState

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from ssmrl.core.base import StateModel, check_batch_size, check_dimensions, check_input, check_reset, check_state_tensor
+from ssmrl.core.diagonal_scan import diagonal_recurrence
 from ssmrl.core.norm import LayerNorm
 
-__all__ = ["DiagonalSSM", "diagonal_recurrence"]
+__all__ = ["DiagonalSSM"]
 
 _DT_MIN, _DT_MAX = 0.001, 0.1
 
@@ -30,9 +31,9 @@ class DiagonalSSM(StateModel):
         g_t = gelu(2 Re(C h_t) + D ∘ u_t)
         v_t <- v_t + g_t ∘ sigmoid(Linear(g_t));
 
-    y_t = Linear(v_t), h_0 = 0. The recurrence is linear and elementwise, O(T·S) work in O(log T) parallel
-    operations (`diagonal_recurrence`); only the matrix products around it, for all T at once, cost more. Each h
-    stands for itself and its conjugate, hence the 2 Re. Re λ = -exp(·) < 0, so a layer never grows without bound.
+    y_t = Linear(v_t), h_0 = 0. The recurrence is linear and elementwise, O(T·S) work (`diagonal_recurrence`); only the
+    matrix products around it, for all T at once, cost more. Each h stands for itself and its conjugate, hence the
+    2 Re. Re λ = -exp(·) < 0, so a layer never grows without bound.
 
     At the start λ_n = -1/2 + iπn, n = 0..S-1 (S4D-Lin), and Δ is log-uniform in [0.001, 0.1], one for each state:
     Gu, Gupta, Goel, Ré 2022, "On the Parameterization and Initialization of Diagonal State Space Models",
@@ -109,11 +110,18 @@ class DiagonalSSM(StateModel):
         v = self.input(x)[None] if is_step else self.input(x.transpose(0, 1))
         keep = None if reset is None else ~(reset[None] if is_step else reset.T)
         states = []
-        for index, layer in enumerate(self.layers):
-            v, h = layer(v, hidden_state[:, index], keep)
+        for layer, before, *discrete in zip(self.layers, hidden_state.unbind(1), *self._discretise(), strict=True):
+            v, h = layer(v, before, keep, *discrete)
             states.append(h)
         y = self.output(v)
         return y[0] if is_step else y.transpose(0, 1), torch.stack(states, 1)
+
+    def _discretise(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """λ̄ (2, S) and B̄ (2, S, H) of every layer; all at once, which is fewer operations."""
+        names = ("log_minus_re_lambda", "im_lambda", "log_dt", "b")
+        of_all = (torch.stack([getattr(layer, name) for layer in self.layers]) for name in names)
+        lambda_bar, b_bar = _zero_order_hold(*of_all)
+        return lambda_bar.unbind(), b_bar.unbind()
 
     def _state_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         return batch_size, self.num_layers, 2, self.state_dim
@@ -140,78 +148,33 @@ class _Layer(nn.Module):
         self.d = nn.Parameter(torch.empty(hidden_dim, device=device, dtype=dtype).normal_())
         self.gate = nn.Linear(hidden_dim, hidden_dim, device=device, dtype=dtype)
 
-    def forward(self, v: Tensor, h_0: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, v: Tensor, h_0: Tensor, keep: Tensor | None, lambda_bar: Tensor, b_bar: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(T, B, H), the state before (B, 2, S) and Bool (T, B) -> (T, B, H) and the state after (B, 2, S)."""
         num_steps, batch_size, _ = v.shape
-        _, state_dim, hidden_dim = self.b.shape
+        _, state_dim, hidden_dim = b_bar.shape
         u = self.norm(v)
-        lambda_bar, b_bar = self._discretise()
         drive = linear(u, b_bar.reshape(2 * state_dim, hidden_dim)).view(num_steps, batch_size, 2, state_dim)
         h = diagonal_recurrence(lambda_bar, torch.cat([h_0[None], drive]), keep)
         # 2 Re(C h) = 2 (Re C Re h - Im C Im h)
-        readout = 2 * torch.stack([self.c[:, 0], -self.c[:, 1]], 1).reshape(hidden_dim, 2 * state_dim)
+        c_re, c_im = self.c.unbind(1)
+        readout = torch.stack([2 * c_re, -2 * c_im], 1).reshape(hidden_dim, 2 * state_dim)
         g = gelu(linear(h[1:].reshape(num_steps, batch_size, 2 * state_dim), readout) + self.d * u)
         return v + g * self.gate(g).sigmoid(), h[-1]
 
-    def _discretise(self) -> tuple[Tensor, Tensor]:
-        """λ̄ (2, S) and B̄ (2, S, H), by zero-order hold."""
-        re, im = -self.log_minus_re_lambda.exp(), self.im_lambda
-        dt = self.log_dt.exp()
-        x, y = re * dt, im * dt
-        lambda_bar = torch.stack([x.exp() * y.cos(), x.exp() * y.sin()])
-        # λ̄ - 1 without cancellation where λΔ is small: Re = expm1(x) cos y - 2 sin²(y/2).
-        minus_one = torch.stack([x.expm1() * y.cos() - 2 * (y / 2).sin().square(), lambda_bar[1]])
-        inverse = torch.stack([re, -im]) / (re.square() + im.square())
-        scale = _multiply(inverse, minus_one)[:, :, None]
-        return lambda_bar, torch.stack(
-            [scale[0] * self.b[0] - scale[1] * self.b[1], scale[0] * self.b[1] + scale[1] * self.b[0]]
-        )
 
-
-def diagonal_recurrence(a: Tensor, f: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Solve h_0 = f_0, h_t = a ∘ (k_t h_{t-1}) + f_t for t = 1..T, with complex numbers as real pairs.
-
-    Two steps of the recurrence are one step of another, with a² for a and a f_{2i} + f_{2i+1} for f: that one, half
-    as long, gives every second h, and one more product gives the others. So O(T) work in 2 log2 T rounds, of
-    products and sums only, differentiable to every order (Blelloch 1990, "Prefix Sums and Their Applications",
-    https://www.cs.cmu.edu/~guyb/papers/Ble93.pdf).
-
-    Args:
-        a: (2, S) real and imaginary parts.
-        f: (T+1, B, 2, S) the initial state f_0 and the input of every step.
-        keep: Bool (T, B). Where it is False k_t = 0: step t starts from the zero state, whatever h_{t-1} was,
-            NaN included.
-
-    Returns:
-        h: (T+1, B, 2, S).
-    """
-    if keep is not None:
-        keep = torch.cat([torch.ones_like(f[:1, :, 0, 0], dtype=torch.bool), keep])[:, :, None, None]
-    return _solve(a, f, keep)
-
-
-def _solve(a: Tensor, f: Tensor, keep: Tensor | None) -> Tensor:
-    """As above, with an entry of `keep` for f_0 too, which is not read."""
-    if len(f) == 1:
-        return f
-    even, odd = f[0::2], f[1::2]
-    num_pairs = len(odd)
-    if keep is None:
-        keep_odd = keep_even = keep_pair = None
-    else:
-        keep_odd, keep_even = keep[1::2], keep[2::2]
-        keep_pair = keep[0::2][:num_pairs] & keep_odd
-    h_odd = _solve(_multiply(a, a), _advance(a, even[:num_pairs], odd, keep_odd), keep_pair)
-    h_even = torch.cat([even[:1], _advance(a, h_odd[: len(even) - 1], even[1:], keep_even)])
-    pairs = torch.stack([h_even[:num_pairs], h_odd], 1).reshape(2 * num_pairs, *f.shape[1:])
-    return pairs if len(even) == num_pairs else torch.cat([pairs, h_even[num_pairs:]])
-
-
-def _advance(a: Tensor, h: Tensor, f: Tensor, keep: Tensor | None) -> Tensor:
-    """One step, a ∘ (k h) + f."""
-    return _multiply(a, h if keep is None else torch.where(keep, h, 0.0)) + f
-
-
-def _multiply(a: Tensor, h: Tensor) -> Tensor:
-    """The complex product of (2, S) and (..., 2, S)."""
-    return a[0] * h + torch.stack([-a[1], a[1]]) * h.flip(-2)
+def _zero_order_hold(log_minus_re: Tensor, im: Tensor, log_dt: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """λ̄ (..., 2, S) and B̄ (..., 2, S, H), of log(-Re λ), Im λ and log Δ (..., S) and B (..., 2, S, H)."""
+    re, dt = -log_minus_re.exp(), log_dt.exp()
+    x, y = re * dt, im * dt
+    bar_re, bar_im = x.exp() * y.cos(), x.exp() * y.sin()
+    # λ̄ - 1 without cancellation where λΔ is small: Re = expm1(x) cos y - 2 sin²(y/2).
+    minus_one_re = x.expm1() * y.cos() - 2 * (y / 2).sin().square()
+    # Its quotient by λ, for every row of B.
+    square = re.square() + im.square()
+    by_re = ((minus_one_re * re + bar_im * im) / square).unsqueeze(-1)
+    by_im = ((bar_im * re - minus_one_re * im) / square).unsqueeze(-1)
+    b_re, b_im = b.unbind(-3)
+    b_bar = torch.stack([by_re * b_re - by_im * b_im, by_re * b_im + by_im * b_re], -3)
+    return torch.stack([bar_re, bar_im], -2), b_bar

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
+import torch.compiler.config
+from torch._dynamo.utils import counters
 from torch.func import grad, vmap
 
 from ssmrl import GRU, LSTM, StateSpaceModel
@@ -62,6 +65,22 @@ def test_results_carry_no_graph():
     traced = Traced(lambda x: x.sin())
     assert not traced(x).requires_grad
     assert not traced(x).requires_grad
+
+
+def test_what_was_compiled_is_found_again_by_the_same_version_of_this_library(monkeypatch):
+    if not hasattr(torch.compiler.config, "cache_key_tag"):
+        pytest.skip("PyTorch 2.6 has no tag of its cache")
+    factor = random.random()  # of no compilation before
+
+    def found():
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        traced = Traced(lambda x: x * factor, inductor=True)
+        torch.testing.assert_close(traced(torch.arange(5.0)), torch.arange(5.0) * factor)
+        return counters["inductor"]["fxgraph_cache_hit"] - before
+
+    assert [found(), found()] == [0, 1]
+    monkeypatch.setattr("ssmrl.adaptation.trace.version", lambda _: "of tomorrow")
+    assert found() == 0
 
 
 def test_a_missing_compiler_is_named():

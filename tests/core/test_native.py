@@ -40,6 +40,8 @@ def arguments(
         return x, f, weight(state, hidden), weight(hidden), weight(hidden, 5)
     if kind == "linear_perceptron":
         return randn(steps, batch, state), a, z, weight(state, hidden), weight(hidden, 5)
+    if kind == "diagonal":
+        return weight(2, state), randn(steps + 1, batch, 2 * state), keep
     n, m = {"gru": (1, 3), "lstm": (2, 4), "gated": (2, 3)}[kind]
     if kind == "gated":
         f, e = randn(steps + 1, batch, n * state), randn(steps, batch, m * state) if extra else None
@@ -57,6 +59,8 @@ OPERATIONS = {
     "linear_perceptron": ("linear_perceptron", ()),
     "gated": ("gated_linear_recurrence", (False,)),
     "gated, adjoint": ("gated_linear_recurrence", (True,)),
+    "diagonal": ("diagonal_recurrence", (False,)),
+    "diagonal, adjoint": ("diagonal_recurrence", (True,)),
     "gru": ("gru_recurrence", ()),
     "lstm": ("lstm_recurrence", ()),
 }
@@ -81,7 +85,7 @@ def test_equal_to_the_loops_in_python(kind, groups, steps, batch, state, hidden,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "run", lambda *_, **__: False)
         theirs = operation(*operands, *flags)
-    for x, y in zip(ours, theirs, strict=True):
+    for x, y in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (ours, theirs)), strict=True):
         assert x.shape == y.shape
         assert x.is_contiguous()
         scale = y.abs().max().clamp(min=1.0) if y.numel() else 1.0

@@ -1,4 +1,4 @@
-"""All operations with derivatives of their own (scan.py, gated_scan.py, perceptron.py) against plain autograd."""
+"""All operations with derivatives of their own (the scans and perceptron.py) against plain autograd."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 from ssmrl.core import native
+from ssmrl.core.diagonal_scan import diagonal_recurrence
 from ssmrl.core.gated_scan import gated_linear_recurrence, gated_recurrence
 from ssmrl.core.gru import _GRUCell
 from ssmrl.core.lstm import _LSTMCell
@@ -86,6 +87,17 @@ def gated_linear_loop(f, e, a, d, w, *, keep=None, adjoint=False):
     return torch.stack(v), torch.stack(u)
 
 
+def diagonal_loop(f, a, *, keep=None, adjoint=False):
+    a, f = torch.complex(*a), torch.complex(*f.unbind(-2))
+    h, steps = [f[-1 if adjoint else 0]], range(len(f) - 1)
+    for t in reversed(steps) if adjoint else steps:
+        if adjoint:
+            h.insert(0, forget(keep, t, a.conj() * h[0]) + f[t])
+        else:
+            h.append(a * forget(keep, t, h[-1]) + f[t + 1])
+    return torch.stack([torch.stack(h).real, torch.stack(h).imag], -2)
+
+
 def plain_perceptron(x, f, w_in, b_in, w_out):
     return (x @ w_in + b_in).relu() @ w_out + f
 
@@ -115,6 +127,10 @@ def gated_linear_operands(n, m):
     return *sequences, randn(T, B, n * n * S, seed=4), randn(T, B, n * m * S, seed=5), randn(S, m * S, seed=6)
 
 
+def diagonal_operands(steps=T):
+    return randn(steps + 1, B, 2, S, seed=0), randn(2, S, seed=1)
+
+
 def perceptron_operands():
     w_in, b_in, w_out = randn(S, H, seed=1), randn(H, seed=2), randn(H, OUT, seed=3)
     return randn(T, B, S, seed=0), randn(T, B, OUT, seed=4), w_in, b_in, w_out
@@ -132,6 +148,10 @@ def with_z(f, a, w_in, w_out, *, z, keep=None, adjoint=False):
     return linear_recurrence(f, a, z.expand(*a.shape), w_in, w_out, keep, adjoint=adjoint)
 
 
+def with_flat_mask(f, a, *, keep=None, adjoint=False):
+    return diagonal_recurrence(a, f, None if keep is None else keep[..., 0], adjoint=adjoint)
+
+
 def with_cell(start, x, w, b, *, cell, keep=None):
     return gated_recurrence(cell, start, x, w, b, keep)
 
@@ -144,6 +164,7 @@ for label, options in (("", {}), (", resets", {"keep": KEEP})):
         CASES[name + label] = with_cell, gated_loop, gated_operands(n, m), {"cell": cell, **options}
     for direction, adjoint in (("", False), (", adjoint", True)):
         way = {"adjoint": adjoint, **options}
+        CASES[f"diagonal{direction}{label}"] = with_flat_mask, diagonal_loop, diagonal_operands(), way
         CASES[f"linear{direction}{label}"] = with_z, linear_loop, linear_operands(), {"z": Z, **way}
         for n, m in ((1, 3), (2, 4)):
             case = gated_linear_recurrence, gated_linear_loop, gated_linear_operands(n, m), way
@@ -219,8 +240,9 @@ def test_third_derivative_equals_that_of_the_loop(case):
     every = tuple(range(len(operands)))
 
     def third(function):
-        first = grad(scalar(function), argnums=2)
-        second = grad(lambda *z: (first(*z) ** 2).sum(), argnums=2)
+        weight = min(2, len(operands) - 1)
+        first = grad(scalar(function), argnums=weight)
+        second = grad(lambda *z: (first(*z) ** 2).sum(), argnums=weight)
         return grad(lambda *z: (second(*z) ** 2).sum(), argnums=every)(*operands)
 
     for ours, theirs in zip(third(scan), third(loop), strict=True):

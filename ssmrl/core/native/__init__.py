@@ -25,13 +25,14 @@ def is_available() -> bool:
     return _library() is not None
 
 
-def run(kernel: str, inputs: Sequence[Tensor | None], outputs: tuple[Tensor, Tensor]) -> bool:
+def run(kernel: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> bool:
     """Run a kernel of recurrences.cpp on PyTorch's threads.
 
     Args:
         kernel: its name.
         inputs: its arguments in order, as its comment there lists them; None for a missing one.
-        outputs: contiguous tensors for its results, in order; the second is (T, B, H) or (G, T, B, H).
+        outputs: contiguous tensors for its results, in order; the second is (T, B, H) or (G, T, B, H). Where there is
+            none, the first is states, (T+1, B, H) or (G, T+1, B, H).
 
     Returns:
         Whether it ran. It does not where the library is missing, or for tensors of another dtype or device.
@@ -40,7 +41,8 @@ def run(kernel: str, inputs: Sequence[Tensor | None], outputs: tuple[Tensor, Ten
     function = _function(kernel, result.dtype) if result.is_cpu else None
     if function is None:
         return False
-    *groups, steps, batch, hidden = outputs[1].shape
+    *groups, steps, batch, hidden = outputs[-1].shape
+    steps -= len(outputs) == 1  # of states there is one more
     operands, weights, transposed = [*inputs, *outputs], _WEIGHTS[kernel], 0
     for i, x in enumerate(inputs):
         if x is None or x.is_contiguous():
@@ -69,8 +71,10 @@ _WEIGHTS = {
     "gated_adjoint": (4,),
     "gru": (2,),
     "lstm": (2,),
+    "diagonal_forward": (0,),
+    "diagonal_adjoint": (0,),
 }
-"""Which arguments of a kernel are weights; the first is (S, …), and none is missing."""
+"""Which arguments of a kernel are weights; the first is (S, …), or (2, S) of a diagonal one, and none is missing."""
 _Sizes = ctypes.c_ssize_t * 8
 _Addresses = ctypes.c_void_p * 8
 

@@ -1,4 +1,4 @@
-// The loops of ssmrl.core.scan, gated_scan and perceptron on the CPU, in float and double.
+// The loops of ssmrl.core.scan, gated_scan, diagonal_scan and perceptron on the CPU, in float and double.
 //
 // Letters: G groups, which share their weights or have their own, T steps, B sequences, S state, H hidden, O outputs; n state blocks, m product
 // blocks.
@@ -477,6 +477,47 @@ inline void lstm(const Shape& s, const Unit& u, void* const* operands) {
     cell<LSTM, real>(s, u, operands);
 }
 
+// -------------------------------------------------------------------------------------- recurrence of diagonal_scan.py
+
+// a, f, keep? -> h: h_0 = f_0, h_t = a (k_t h_{t-1}) + f_t, where a (2, S) and the states (2 S) are complex numbers, first all
+// real parts; in the sizes S is `out` / 2. Adjoint: h_T = f_T, h_{t-1} = k_t (conj(a) h_t) + f_{t-1}.
+template <class real, bool adjoint>
+inline void diagonal(const Shape& s, const Unit& u, void* const* operands) {
+    const index S = s.out / 2;
+    const Weight<real> a(operands, 0, s, u, 2, S);
+    const Sequence<const real> f(operands[1], s, u, s.steps + 1, 2 * S);
+    const Sequence<const uint8_t> keep(operands[2], s, u, s.steps, 1);
+    const Sequence<real> h(operands[3], s, u, s.steps + 1, 2 * S);
+    const real *a_re = a.data, *a_im = a.data + S;
+
+    const index start = adjoint ? s.steps : 0;
+    copy(f[start], h[start], u.rows, 2 * S);
+    for (index i = 0; i < s.steps; i++) {
+        const index t = adjoint ? s.steps - 1 - i : i, source = t + adjoint, target = t + !adjoint;
+        for (index r = 0; r < u.rows; r++) {
+            const real *x = h[source][r], *add = f[target][r];
+            real* __restrict out = h[target][r];
+            if (keep.data && !*keep[t][r]) {
+                for (index j = 0; j < 2 * S; j++) out[j] = add[j];
+                continue;
+            }
+            for (index j = 0; j < S; j++) {
+                const real im = adjoint ? -a_im[j] : a_im[j], x_re = x[j], x_im = x[S + j];
+                out[j] = add[j] + a_re[j] * x_re - im * x_im;
+                out[S + j] = add[S + j] + a_re[j] * x_im + im * x_re;
+            }
+        }
+    }
+}
+template <class real>
+inline void diagonal_forward(const Shape& s, const Unit& u, void* const* operands) {
+    diagonal<real, false>(s, u, operands);
+}
+template <class real>
+inline void diagonal_adjoint(const Shape& s, const Unit& u, void* const* operands) {
+    diagonal<real, true>(s, u, operands);
+}
+
 // ------------------------------------------------------------------------------------------------------- entry points
 
 // Runs a kernel for all units: rows in multiples of four, and about four units for every thread. Where groups share their
@@ -525,3 +566,7 @@ KERNEL(gru, float)
 KERNEL(gru, double)
 KERNEL(lstm, float)
 KERNEL(lstm, double)
+KERNEL(diagonal_forward, float)
+KERNEL(diagonal_forward, double)
+KERNEL(diagonal_adjoint, float)
+KERNEL(diagonal_adjoint, double)
