@@ -18,12 +18,14 @@ __all__ = [
     "Fold",
     "add",
     "at_steps",
+    "check_operands",
     "define_operation",
     "empty_results",
     "from_time_major",
     "matmul",
     "over_steps",
     "pad_to_targets",
+    "sizes",
     "sources",
     "sum_of_outer_products",
     "sum_of_rows",
@@ -33,6 +35,30 @@ __all__ = [
 ]
 
 _LIBRARY = torch.library.Library("ssmrl", "FRAGMENT")
+
+
+def sizes(name: str, operand: Tensor, axes: str) -> torch.Size:
+    """The shape of an operand that must have these axes, such as "T+1, B, S", of which T+1 must not be 0."""
+    shape = operand.shape
+    if len(shape) != axes.count(",") + 1 or (axes.startswith("T+1") and shape[0] == 0):
+        raise ValueError(f"{name} must be of shape ({axes}); got {tuple(shape)}.")
+    return shape
+
+
+def check_operands(like: Tensor, **operands: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse operands that are not of these shapes, and of the dtype and on the device of `like`; a mask, Bool.
+
+    Loops in C++ are given addresses: of anything else they would read what lies beside it.
+    """
+    for name, (operand, shape) in operands.items():
+        if operand is None:
+            continue
+        dtype = torch.bool if name == "keep" else like.dtype
+        if operand.shape != shape or operand.dtype != dtype or operand.device != like.device:
+            raise ValueError(
+                f"{name} must be of shape {shape} and dtype {dtype}, on {like.device}; "
+                f"got {tuple(operand.shape)}, {operand.dtype}, on {operand.device}."
+            )
 
 
 def time_major(sequence: Tensor, weight: Tensor, *, copy: bool = False) -> Tensor:

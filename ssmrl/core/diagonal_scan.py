@@ -20,9 +20,11 @@ from ssmrl.core import native
 from ssmrl.core.axes import (
     Fold,
     add,
+    check_operands,
     define_operation,
     from_time_major,
     pad_to_targets,
+    sizes,
     sources,
     targets,
     time_major,
@@ -44,10 +46,15 @@ def diagonal_recurrence(a: Tensor, f: Tensor, keep: Tensor | None = None, *, adj
 
     Returns:
         h: (T+1, B, 2, S), differentiable to every order in a and f.
+
+    Raises:
+        ValueError: shapes that do not fit, or another dtype or device than that of f.
     """
+    states, batch, _, state = sizes("f", f, "T+1, B, 2, S")
+    check_operands(f, f=(f, (states, batch, 2, state)), a=(a, (2, state)), keep=(keep, (states - 1, batch)))
     keep = None if keep is None else keep.unsqueeze(-1)
-    h: Tensor = _Diagonal.apply(a, f.reshape(*f.shape[:-2], f.shape[-2] * f.shape[-1]), keep, adjoint)
-    return h.view(f.shape)
+    h: Tensor = _Diagonal.apply(a, f.reshape(states, batch, 2 * state), keep, adjoint)
+    return h.view(states, batch, 2, state)
 
 
 # Without derivatives. As an operation of its own a trace records it as one node, whatever T is.
@@ -61,7 +68,8 @@ def _solve(a: Tensor, f: Tensor, keep: Tensor | None, adjoint: bool) -> Tensor:
     keep_at = None if keep is None else time_major(keep, a).unsqueeze(-1)
     own = a if a.dim() == 2 else a[:, None]
     if adjoint:
-        own, f_at = own * own.new_tensor([[1.0], [-1.0]]), f_at.flip(0)
+        re, im = own.unbind(-2)
+        own, f_at = torch.stack([re, -im], -2), f_at.flip(0)
         keep_at = None if keep_at is None else keep_at.flip(0)
     # An entry for f_0 too, which is not read.
     keep_at = None if keep_at is None else torch.cat([torch.ones_like(keep_at[:1]), keep_at])

@@ -26,12 +26,14 @@ from ssmrl.core.axes import (
     Fold,
     add,
     at_steps,
+    check_operands,
     define_operation,
     empty_results,
     from_time_major,
     matmul,
     over_steps,
     pad_to_targets,
+    sizes,
     sources,
     sum_of_outer_products,
     sum_of_rows,
@@ -48,6 +50,8 @@ class GatedCell(Protocol):
 
     name: str
     """Of its operation `torch.ops.ssmrl.<name>_recurrence`, which `define_cell` makes."""
+    blocks: tuple[int, int, int]
+    """n, m and k: of the state, of the product and of the input."""
 
     def step(self, v: Tensor, u: Tensor, x: Tensor) -> Tensor:
         """The next state (..., n·S), of the state (..., n·S), the product (..., m·S) and the input (..., k·S)."""
@@ -69,7 +73,15 @@ def gated_recurrence(cell: GatedCell, start: Tensor, x: Tensor, w: Tensor, b: Te
 
     Returns:
         v: (T+1, B, n·S), differentiable to every order in every floating-point argument.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or another dtype or device than that of x.
     """
+    n, m, k = cell.blocks
+    steps, batch, _ = sizes("x", x, "T, B, k·S")
+    width, _ = sizes("w", w, "S, m·S")
+    check_operands(x, start=(start, (1, batch, n * width)), x=(x, (steps, batch, k * width)), w=(w, (width, m * width)))
+    check_operands(x, b=(b, (m * width,)), keep=(keep, (steps, batch, 1)))
     v: Tensor
     v, _ = _Gated.apply(cell, start, x, w, b, keep)
     return v
@@ -92,7 +104,22 @@ def gated_linear_recurrence(
 
     Returns:
         v: (T+1, B, n·S) and u: (T, B, m·S), differentiable to every order in every floating-point argument.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or another dtype or device than that of f.
     """
+    states, batch, of_state = sizes("f", f, "T+1, B, n·S")
+    width, of_product = sizes("w", w, "S, m·S")
+    if width == 0 or of_state % width or of_product % width:
+        raise ValueError(
+            f"f and w must have whole blocks of width S = {width}; got {tuple(f.shape)} and {tuple(w.shape)}."
+        )
+    n, m = of_state // width, of_product // width
+    of_steps = (states - 1, batch)
+    check_operands(
+        f, e=(e, (*of_steps, of_product)), a=(a, (*of_steps, n * of_state)), d=(d, (*of_steps, n * of_product))
+    )
+    check_operands(f, w=(w, (width, m * width)), keep=(keep, (*of_steps, 1)))
     v, u = _GatedLinear.apply(f, e, a, d, w, keep, adjoint)
     return v, u
 
@@ -184,7 +211,7 @@ class _Gated(Function):
         width, source = w.shape[-2], sources(v, keep)
         a, d, e = ctx.cell.linearise(source, u, x)
         grad_v = torch.zeros_like(v) if grad_v is None else grad_v
-        adjoint, grad_u = gated_linear_recurrence(grad_v, grad_u, a, d, w, keep, adjoint=True)
+        adjoint, grad_u = _GatedLinear.apply(grad_v, grad_u, a, d, w, keep, True)
         return (
             None,
             adjoint[..., :1, :, :],
@@ -213,7 +240,8 @@ class _Gated(Function):
         )
         dstart = torch.zeros_like(v[..., :1, :, :]) if dstart is None else dstart
         drive = torch.zeros_like(targets(v)) if dx is None else _mix(e, dx, width)
-        return gated_linear_recurrence(torch.cat([dstart, drive], dim=-3), du, a, d, w, keep)
+        dv, du = _GatedLinear.apply(torch.cat([dstart, drive], dim=-3), du, a, d, w, keep, False)
+        return dv, du
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -252,7 +280,7 @@ class _GatedLinear(Function):
         a, d, w, keep, *solution = ctx.saved_tensors
         width, needs = w.shape[-2], ctx.needs_input_grad
         grad_v = torch.zeros_like(solution[0]) if grad_v is None else grad_v
-        other = gated_linear_recurrence(grad_v, grad_u, a, d, w, keep, adjoint=not ctx.adjoint)
+        other = _GatedLinear.apply(grad_v, grad_u, a, d, w, keep, not ctx.adjoint)
         (v, u), (mu, q) = (other, solution) if ctx.adjoint else (solution, other)
         source, target = sources(v, keep), targets(mu)
         return (
@@ -291,7 +319,8 @@ class _GatedLinear(Function):
             drive = add(drive, None if dd is None else _mix(dd, u, width))
         df = add(df, None if drive is None else pad_to_targets(drive, ctx.adjoint))
         df = torch.zeros_like(v) if df is None else df
-        return gated_linear_recurrence(df, de, a, d, w, keep, adjoint=ctx.adjoint)
+        dv, du = _GatedLinear.apply(df, de, a, d, w, keep, ctx.adjoint)
+        return dv, du
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

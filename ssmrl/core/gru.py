@@ -81,6 +81,7 @@ class _GRUCell:
     """v = h; product and input blocks r, z, n."""
 
     name = "gru"
+    blocks = (1, 3, 3)
 
     def step(self, v: Tensor, u: Tensor, x: Tensor) -> Tensor:
         width = v.shape[-1]

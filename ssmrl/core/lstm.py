@@ -95,6 +95,7 @@ class _LSTMCell:
     """v = (h, c); product and input blocks i, f, g, o."""
 
     name = "lstm"
+    blocks = (2, 4, 4)
 
     def step(self, v: Tensor, u: Tensor, x: Tensor) -> Tensor:
         width = v.shape[-1] // 2

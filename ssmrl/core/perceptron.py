@@ -20,9 +20,11 @@ from ssmrl.core import native
 from ssmrl.core.axes import (
     Fold,
     add,
+    check_operands,
     define_operation,
     matmul,
     over_steps,
+    sizes,
     sum_of_outer_products,
     sum_of_rows,
     with_signature,
@@ -43,7 +45,14 @@ def perceptron(x: Tensor, f: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) 
 
     Returns:
         y: (T, B, O), differentiable to every order in every argument.
+
+    Raises:
+        ValueError: shapes that do not fit, or another dtype or device than that of x.
     """
+    steps, batch, state = sizes("x", x, "T, B, S")
+    hidden, outputs = sizes("w_out", w_out, "H, O")
+    check_operands(x, f=(f, (steps, batch, outputs)), w_in=(w_in, (state, hidden)), b_in=(b_in, (hidden,)))
+    check_operands(x, w_out=(w_out, (hidden, outputs)))
     y: Tensor
     y, _ = _Perceptron.apply(x, f, w_in, b_in, w_out)
     return y
@@ -61,7 +70,14 @@ def linear_perceptron(x: Tensor, a: Tensor | None, z: Tensor, w_1: Tensor, w_2: 
 
     Returns:
         y: (T, B, O) and p: (T, B, H), differentiable to every order in x, a, w_1 and w_2.
+
+    Raises:
+        ValueError: shapes that do not fit, or another dtype or device than that of x.
     """
+    steps, batch, state = sizes("x", x, "T, B, S")
+    hidden, outputs = sizes("w_2", w_2, "H, O")
+    of_steps = (steps, batch, hidden)
+    check_operands(x, a=(a, of_steps), z=(z, of_steps), w_1=(w_1, (state, hidden)), w_2=(w_2, (hidden, outputs)))
     y, p = _LinearPerceptron.apply(x, a, z, w_1, w_2)
     return y, p
 
@@ -125,7 +141,7 @@ class _Perceptron(Function):
         x, w_in, w_out, z = ctx.saved_tensors
         if grad_y is None:
             grad_y = z.new_zeros(*z.shape[:-1], w_out.shape[-1])
-        grad_x, p = linear_perceptron(grad_y, grad_z, z, w_out.mT, w_in.mT)
+        grad_x, p = _LinearPerceptron.apply(grad_y, grad_z, z, w_out.mT, w_in.mT)
         return (
             grad_x,
             grad_y,
@@ -146,7 +162,7 @@ class _Perceptron(Function):
         x, w_in, w_out, z = ctx.saved_tensors
         a = None if dw_in is None else matmul(x, dw_in)
         a = add(a, None if db_in is None else over_steps(db_in).expand_as(z))
-        dy, dz = linear_perceptron(torch.zeros_like(x) if dx is None else dx, a, z, w_in, w_out)
+        dy, dz = _LinearPerceptron.apply(torch.zeros_like(x) if dx is None else dx, a, z, w_in, w_out)
         for term in (df, None if dw_out is None else matmul(z, dw_out)):
             dy = dy if term is None else dy + term
         return dy, dz
@@ -186,7 +202,7 @@ class _LinearPerceptron(Function):
         needs = ctx.needs_input_grad
         if grad_y is None:
             grad_y = z.new_zeros(*z.shape[:-1], w_2.shape[-1])
-        grad_x, q = linear_perceptron(grad_y, grad_p, z, w_2.mT, w_1.mT)
+        grad_x, q = _LinearPerceptron.apply(grad_y, grad_p, z, w_2.mT, w_1.mT)
         return (
             grad_x,
             q if needs[1] else None,
@@ -201,7 +217,7 @@ class _LinearPerceptron(Function):
     ) -> tuple[Tensor, Tensor]:
         x, z, w_1, w_2, p = ctx.saved_tensors
         da = add(da, None if dw_1 is None else matmul(x, dw_1))
-        dy, dp = linear_perceptron(torch.zeros_like(x) if dx is None else dx, da, z, w_1, w_2)
+        dy, dp = _LinearPerceptron.apply(torch.zeros_like(x) if dx is None else dx, da, z, w_1, w_2)
         return dy if dw_2 is None else dy + matmul(p, dw_2), dp
 
     @staticmethod

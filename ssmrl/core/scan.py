@@ -22,12 +22,14 @@ from ssmrl.core.axes import (
     Fold,
     add,
     at_steps,
+    check_operands,
     define_operation,
     empty_results,
     from_time_major,
     matmul,
     over_steps,
     pad_to_targets,
+    sizes,
     sources,
     sum_of_outer_products,
     sum_of_rows,
@@ -52,7 +54,14 @@ def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: T
 
     Returns:
         h: (T+1, B, S), differentiable to every order in every floating-point argument.
+
+    Raises:
+        ValueError: shapes that do not fit, or another dtype or device than that of c.
     """
+    states, batch, state = sizes("c", c, "T+1, B, S")
+    hidden = w_in.shape[-1]
+    check_operands(c, w_in=(w_in, (state, hidden)), b_in=(b_in, (hidden,)), w_out=(w_out, (hidden, state)))
+    check_operands(c, keep=(keep, (states - 1, batch, 1)))
     h: Tensor
     h, _ = _MLPRecurrence.apply(c, w_in, b_in, w_out, keep)
     return h
@@ -84,7 +93,15 @@ def linear_recurrence(
 
     Returns:
         h: (T+1, B, S) and p: (T, B, H), differentiable to every order in f, a, w_in and w_out.
+
+    Raises:
+        ValueError: shapes that do not fit, or another dtype or device than that of f.
     """
+    states, batch, state = sizes("f", f, "T+1, B, S")
+    hidden = w_in.shape[-1]
+    of_steps = (states - 1, batch, hidden)
+    check_operands(f, a=(a, of_steps), z=(z, of_steps), w_in=(w_in, (state, hidden)), w_out=(w_out, (hidden, state)))
+    check_operands(f, keep=(keep, (states - 1, batch, 1)))
     h, p = _LinearRecurrence.apply(f, a, z, w_in, w_out, keep, adjoint)
     return h, p
 
@@ -176,7 +193,7 @@ class _MLPRecurrence(Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         w_in, w_out, keep, h, z = ctx.saved_tensors
         grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-        adjoint, p = linear_recurrence(grad_h, grad_z, z, w_in, w_out, keep, adjoint=True)
+        adjoint, p = _LinearRecurrence.apply(grad_h, grad_z, z, w_in, w_out, keep, True)
         source, target = sources(h, keep), targets(adjoint)
         return (
             adjoint,
@@ -195,7 +212,8 @@ class _MLPRecurrence(Function):
         a = add(a, None if db_in is None else over_steps(db_in).expand_as(z))
         drive = None if dw_out is None else pad_to_targets(matmul(z, dw_out), adjoint=False)
         df = add(dc, drive)
-        return linear_recurrence(torch.zeros_like(h) if df is None else df, a, z, w_in, w_out, keep)
+        dh, dz = _LinearRecurrence.apply(torch.zeros_like(h) if df is None else df, a, z, w_in, w_out, keep, False)
+        return dh, dz
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -233,7 +251,7 @@ class _LinearRecurrence(Function):
         z, w_in, w_out, keep, h, p = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-        other_h, other_p = linear_recurrence(grad_h, grad_p, z, w_in, w_out, keep, adjoint=not ctx.adjoint)
+        other_h, other_p = _LinearRecurrence.apply(grad_h, grad_p, z, w_in, w_out, keep, not ctx.adjoint)
         if ctx.adjoint:
             (h, p), (mu, q) = (other_h, other_p), (h, p)
         else:
@@ -268,7 +286,8 @@ class _LinearRecurrence(Function):
             drive = None if dw_out is None else matmul(p, dw_out)
         df = add(df, None if drive is None else pad_to_targets(drive, ctx.adjoint))
         df = torch.zeros_like(h) if df is None else df
-        return linear_recurrence(df, add(a, da), z, w_in, w_out, keep, adjoint=ctx.adjoint)
+        dh, dp = _LinearRecurrence.apply(df, add(a, da), z, w_in, w_out, keep, ctx.adjoint)
+        return dh, dp
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -141,11 +141,11 @@ def linear_perceptron_operands():
 
 
 def linear_perceptron_with_z(x, a, w_1, w_2, *, z):
-    return linear_perceptron(x, a, z.expand(*a.shape), w_1, w_2)
+    return linear_perceptron(x, a, z, w_1, w_2)
 
 
 def with_z(f, a, w_in, w_out, *, z, keep=None, adjoint=False):
-    return linear_recurrence(f, a, z.expand(*a.shape), w_in, w_out, keep, adjoint=adjoint)
+    return linear_recurrence(f, a, z, w_in, w_out, keep, adjoint=adjoint)
 
 
 def with_flat_mask(f, a, *, keep=None, adjoint=False):
@@ -302,6 +302,35 @@ def test_operands_are_left_alone(case):
     copies = [x.clone() for x in operands]
     scan(*operands)
     assert all(torch.equal(x, y) for x, y in zip(operands, copies, strict=True))
+
+
+@over_cases
+def test_operands_that_do_not_fit_are_refused(case):
+    """Loops in C++ would read beside them."""
+    scan, _, operands = of_case(case)
+    mask = scan.keywords.get("keep")
+    for i, x in enumerate(operands):
+        wider = torch.cat([x, x[..., :1]], -1)
+        fits = case == "linear perceptron" and i == 3  # more outputs
+        for wrong in ([] if fits else [wider]) + [x[None], x.float(), x.to("meta")]:
+            with pytest.raises(ValueError, match=r"must (be of shape|have whole blocks)"):
+                scan(*operands[:i], wrong, *operands[i + 1 :])
+    if mask is not None:
+        for wrong in (torch.cat([mask, mask[:1]]), torch.cat([mask, mask[:, :1]], 1), mask.double()):
+            with pytest.raises(ValueError, match="keep must be of shape"):
+                scan(*operands, keep=wrong)
+
+
+@pytest.mark.parametrize("recurrence", [mlp_recurrence, linear_recurrence, diagonal_recurrence])
+def test_a_recurrence_has_a_state_at_least(recurrence):
+    operands = {
+        mlp_recurrence: mlp_operands(),
+        linear_recurrence: (*linear_operands()[:2], Z, *linear_operands()[2:]),
+        diagonal_recurrence: diagonal_operands()[::-1],
+    }[recurrence]
+    none = [x[:0] if x.shape[0] == T + 1 else x for x in operands]
+    with pytest.raises(ValueError, match=r"must be of shape \(T\+1, B"):
+        recurrence(*none)
 
 
 # ----------------------------------------------------------------------------------------------------- of scan.py alone
