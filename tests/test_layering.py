@@ -14,7 +14,7 @@ ROOT = Path(ssmrl.__file__).parent
 
 ALLOWED = {
     "core": {"torch", "safetensors", "ssmrl.core"},
-    "adaptation": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.sharding"},
+    "adaptation": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.sharding", "ssmrl.__version__"},
     "meta_rl": {"torch", "torchopt", "ssmrl.core", "ssmrl.adaptation", "ssmrl.meta_rl", "ssmrl.sharding"},
     "env_runner": {"gymnasium", "numpy", "torch", "ssmrl.env_runner", "metaworld", "minari", "mujoco"},
 }

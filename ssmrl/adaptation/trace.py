@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -102,12 +101,11 @@ def _cached() -> Iterator[None]:
     from torch.compiler import config
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy
 
-    tag = getattr(config, "cache_key_tag", None)
-    if tag is None:  # PyTorch 2.6
-        yield
-        return
+    from ssmrl import __version__
+
+    tag = f"{config.cache_key_tag} ssmrl {__version__}"
     shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with config.patch(cache_key_tag=f"{tag} ssmrl {version('ssmrl')}"), tracing(TracingContext(shapes)):  # type: ignore[attr-defined]
+    with config.patch(cache_key_tag=tag), tracing(TracingContext(shapes)):  # type: ignore[attr-defined]
         yield
 
 
