@@ -62,7 +62,7 @@ SIZES = {
     ),
     "default": Size(Amount(216, 64), updates=400),
 }
-VERSION = 2
+VERSION = 3
 """Of the trainings and of what is saved of them: to be raised with either, so that no results of two of them mix."""
 TINY = {"tasks": ("halfcheetah-gravity", "ant-leg"), "methods": ("StateSpaceModel", "MLP"), "seeds": 2}
 """What `--size tiny` runs, unless it is told otherwise."""

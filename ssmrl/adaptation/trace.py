@@ -92,10 +92,14 @@ def _compile(graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable[...,
 
 @contextmanager
 def _cached() -> Iterator[None]:
-    """Within it TorchInductor keeps on disk what it compiles, and finds it again: it asks for guards of shapes first.
+    """Within it TorchInductor keeps on disk what it compiles, and finds it again.
 
-    The operations of this library are names in a graph; so the library's version is part of the key.
+    It looks for the guards of shapes in a tracing context, and keeps nothing where there is none. The operations of
+    this library are names in a graph; so the library's version is part of the key.
     """
+    if torch.__version__ < "2.8":  # a TorchVersion; older ones fail where they find something
+        yield
+        return
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
     from torch.compiler import config
@@ -103,9 +107,6 @@ def _cached() -> Iterator[None]:
 
     from ssmrl import __version__
 
-    if torch.__version__ < "2.8":  # a TorchVersion; older ones fail where they find something
-        yield
-        return
     tag = f"{config.cache_key_tag} ssmrl {__version__}"
     shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     with config.patch(cache_key_tag=tag), tracing(TracingContext(shapes)):  # type: ignore[attr-defined]

@@ -171,7 +171,7 @@ def _zero_order_hold(log_minus_re: Tensor, im: Tensor, log_dt: Tensor, b: Tensor
     bar_re, bar_im = x.exp() * y.cos(), x.exp() * y.sin()
     # λ̄ - 1 without cancellation where λΔ is small: Re = expm1(x) cos y - 2 sin²(y/2).
     minus_one_re = x.expm1() * y.cos() - 2 * (y / 2).sin().square()
-    # Its quotient by λ, for every row of B.
+    # (λ̄ - 1) / λ, by which every row of B is multiplied.
     square = re.square() + im.square()
     by_re = ((minus_one_re * re + bar_im * im) / square).unsqueeze(-1)
     by_im = ((bar_im * re - minus_one_re * im) / square).unsqueeze(-1)

@@ -59,7 +59,7 @@ def mlp_recurrence(c: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, keep: T
         ValueError: shapes that do not fit, or another dtype or device than that of c.
     """
     states, batch, state = sizes("c", c, "T+1, B, S")
-    hidden = w_in.shape[-1]
+    _, hidden = sizes("w_in", w_in, "S, H")
     check_operands(c, w_in=(w_in, (state, hidden)), b_in=(b_in, (hidden,)), w_out=(w_out, (hidden, state)))
     check_operands(c, keep=(keep, (states - 1, batch, 1)))
     h: Tensor
@@ -98,7 +98,7 @@ def linear_recurrence(
         ValueError: shapes that do not fit, or another dtype or device than that of f.
     """
     states, batch, state = sizes("f", f, "T+1, B, S")
-    hidden = w_in.shape[-1]
+    _, hidden = sizes("w_in", w_in, "S, H")
     of_steps = (states - 1, batch, hidden)
     check_operands(f, a=(a, of_steps), z=(z, of_steps), w_in=(w_in, (state, hidden)), w_out=(w_out, (hidden, state)))
     check_operands(f, keep=(keep, (states - 1, batch, 1)))

@@ -80,9 +80,9 @@ class MetaMAML:
         compile: record the tensor operations of the whole meta-gradient at the first update with new shapes, and
             compile them with TorchInductor: the same numbers up to rounding, without the overhead of Python and
             functorch. It takes 10 to 40 seconds, longer for models of many operations, whatever T, and a C++ compiler;
-            TorchInductor keeps it on disk for the next process. With "trace" the operations are replayed one by one:
-            the same numbers, seconds to record, no compiler. Parameters of the loss cannot be learned with either, and
-            what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
+            from torch 2.8 on it is kept on disk for the next process. With "trace" the operations are replayed one by
+            one: the same numbers, seconds to record, no compiler. Parameters of the loss cannot be learned with either,
+            and what `loss_fn` closes over must not change; every new `loss_fn` object is recorded anew.
         nonfinite: what to do where a loss, a gradient or a weight is not finite; None: raise an error.
         process_group: as for `MetaLearner`: ranks that share the tasks of every update.
 

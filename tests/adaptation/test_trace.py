@@ -68,17 +68,18 @@ def test_results_carry_no_graph():
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="it is not kept")
 def test_what_was_compiled_is_found_again_by_the_same_version_of_this_library(monkeypatch):
-    factor = random.random()  # of no compilation before
+    factor = torch.rand(5, generator=torch.Generator().manual_seed(random.getrandbits(60)))  # of no compilation before
 
-    def found():
+    def found(factor):
         before = counters["inductor"]["fxgraph_cache_hit"]
         traced = Traced(lambda x: x * factor, inductor=True)
         torch.testing.assert_close(traced(torch.arange(5.0)), torch.arange(5.0) * factor)
         return counters["inductor"]["fxgraph_cache_hit"] - before
 
-    assert [found(), found()] == [0, 1]
+    assert [found(factor), found(factor)] == [0, 1]
+    found(factor + 1)  # the right numbers, whether it is found or not
     monkeypatch.setattr("ssmrl.__version__", "of tomorrow")
-    assert found() == 0
+    assert found(factor) == 0
 
 
 def test_a_missing_compiler_is_named():

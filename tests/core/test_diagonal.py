@@ -90,6 +90,15 @@ def test_the_recurrence_equals_the_loop_for_every_length(steps, seed, masked, na
 
 
 @in_both_languages
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_no_steps_are_a_copy(adjoint):
+    a, f, _ = operands(0)
+    h = diagonal_recurrence(a, f, adjoint=adjoint)
+    assert torch.equal(h, f)
+    assert h.data_ptr() != f.data_ptr()
+
+
+@in_both_languages
 def test_a_thousand_steps_equal_the_loop():
     a, f, keep = operands(1000)
     close(diagonal_recurrence(a, f, keep), loop(a, f, keep), tolerance=1e-10)

@@ -66,6 +66,10 @@ OPERATIONS = {
 }
 
 
+def as_tuple(results):
+    return (results,) if isinstance(results, torch.Tensor) else results
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     kind=st.sampled_from(sorted(OPERATIONS)),
@@ -85,7 +89,7 @@ def test_equal_to_the_loops_in_python(kind, groups, steps, batch, state, hidden,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "run", lambda *_, **__: False)
         theirs = operation(*operands, *flags)
-    for x, y in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (ours, theirs)), strict=True):
+    for x, y in zip(as_tuple(ours), as_tuple(theirs), strict=True):
         assert x.shape == y.shape
         assert x.is_contiguous()
         scale = y.abs().max().clamp(min=1.0) if y.numel() else 1.0
@@ -93,13 +97,16 @@ def test_equal_to_the_loops_in_python(kind, groups, steps, batch, state, hidden,
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_number_of_threads_gives_the_same_bits(threads):
-    operands = arguments("mlp", (7,), 50, 9, 17, 33, torch.float32, resets=True)
-    expected = torch.ops.ssmrl.mlp_recurrence(*operands)
+@pytest.mark.parametrize("kind", ["mlp", "diagonal", "diagonal, adjoint"])
+def test_every_number_of_threads_gives_the_same_bits(kind, threads):
+    name, flags = OPERATIONS[kind]
+    operation = getattr(torch.ops.ssmrl, name)
+    operands = arguments(kind.split(",")[0], (7,), 70, 13, 17, 33, torch.float32, resets=True)
+    expected = as_tuple(operation(*operands, *flags))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert all(torch.equal(x, y) for x, y in zip(torch.ops.ssmrl.mlp_recurrence(*operands), expected, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(as_tuple(operation(*operands, *flags)), expected, strict=True))
     finally:
         torch.set_num_threads(before)
 

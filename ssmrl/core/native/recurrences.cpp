@@ -480,7 +480,7 @@ inline void lstm(const Shape& s, const Unit& u, void* const* operands) {
 // -------------------------------------------------------------------------------------- recurrence of diagonal_scan.py
 
 // a, f, keep? -> h: h_0 = f_0, h_t = a (k_t h_{t-1}) + f_t, where a (2, S) and the states (2 S) are complex numbers, first all
-// real parts; in the sizes S is `out` / 2. Adjoint: h_T = f_T, h_{t-1} = k_t (conj(a) h_t) + f_{t-1}.
+// real parts; in the sizes `state` is 2, `hidden` and `out` are 2 S. Adjoint: h_T = f_T, h_{t-1} = k_t (conj(a) h_t) + f_{t-1}.
 template <class real, bool adjoint>
 inline void diagonal(const Shape& s, const Unit& u, void* const* operands) {
     const index S = s.out / 2;
