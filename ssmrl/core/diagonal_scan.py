@@ -38,8 +38,8 @@ def diagonal_recurrence(a: Tensor, f: Tensor, keep: Tensor | None = None, *, adj
     """Solve h_0 = f_0, h_t = a ∘ (k_t h_{t-1}) + f_t for t = 1..T, with complex numbers as real pairs.
 
     Args:
-        a: (2, S) real and imaginary parts. Where |a| > 1 its powers up to the T-th must be finite: where the loop is
-            not in C++, they are computed.
+        a: (2, S) real and imaginary parts. If its modulus is above 1, its powers up to the T-th must be finite: where
+            the loop is not in C++, they are computed.
         f: (T+1, B, 2, S) the initial state f_0 and the input of every step.
         keep: Bool (T, B). Where it is False k_t = 0: step t starts from the zero state, whatever h_{t-1} was,
             NaN included.
