@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import secrets
 from typing import Any
 
 import pytest
@@ -68,7 +68,7 @@ def test_results_carry_no_graph():
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="it is not kept")
 def test_what_was_compiled_is_found_again_by_the_same_version_of_this_library(monkeypatch):
-    factor = torch.rand(5, generator=torch.Generator().manual_seed(random.getrandbits(60)))  # of no compilation before
+    factor = torch.rand(5, generator=torch.Generator().manual_seed(secrets.randbits(60)))  # of no run before
 
     def found(factor):
         before = counters["inductor"]["fxgraph_cache_hit"]
