@@ -182,14 +182,6 @@ def loops_in(language):
         yield
 
 
-@pytest.fixture(params=["C++", "Python"])
-def _language(request):
-    if request.param == "C++" and not native.is_available():
-        pytest.skip("built without a compiler")
-    with loops_in(request.param):
-        yield
-
-
 over_cases = pytest.mark.parametrize("case", CASES)
 in_both_languages = pytest.mark.usefixtures("_language")
 
